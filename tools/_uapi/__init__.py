@@ -1,0 +1,1 @@
+"""The generator of vfiopy's kernel declarations: what ``tools/uapi`` runs."""
