@@ -1,0 +1,73 @@
+/*
+ * The free ranges of a space, by address and by size.
+ *
+ * Nodes come from a pool that is filled before anything changes, so that neither taking a range
+ * nor giving one back can fail.
+ */
+#ifndef VFIOPY_IOVA_FREE_SPACE_H
+#define VFIOPY_IOVA_FREE_SPACE_H
+
+#include "interval.h"
+#include "pool.h"
+
+enum vfiopy_zone { VFIOPY_ZONE_NORMAL, VFIOPY_ZONE_TRANSIENT, VFIOPY_ZONES };
+
+/* A cache line for searches by IOVA and one for searches by size, which has copies of what it needs. */
+struct vfiopy_free {
+    struct vfiopy_interval where;
+    uint8_t zone;
+
+    _Alignas(64) struct vfiopy_rb by_size; /* order: size, then first */
+    uint64_t span, first;                  /* size less one */
+    uint64_t lowest;                       /* the lowest `first` of the subtree in by_size */
+};
+
+struct vfiopy_free_space {
+    struct vfiopy_rb_tree by_iova;
+    struct vfiopy_rb_tree by_size[VFIOPY_ZONES];
+    struct vfiopy_pool pool; /* what is in use is in the trees */
+    uint64_t spans;          /* sum of (size - 1) */
+};
+
+/* Usable IOVAs that belong together: free ranges never reach from one cell into another. */
+struct vfiopy_cell {
+    uint64_t first, last;
+    uint8_t zone;
+};
+
+struct vfiopy_wish {
+    uint64_t span;    /* size less one: the whole 64-bit space has no size */
+    uint64_t limit;   /* the highest IOVA allowed */
+    uint64_t modulus; /* a power of two: IOVA = offset modulo modulus */
+    uint64_t offset;
+    uint8_t zone;
+    bool thorough; /* look at every range rather than give up early */
+};
+
+void vfiopy_free_init(struct vfiopy_free_space *space);
+void vfiopy_free_destroy(struct vfiopy_free_space *space);
+
+/* Be ready for so many ranges; false without memory. */
+static inline bool vfiopy_free_reserve(struct vfiopy_free_space *space, size_t ranges)
+{
+    return vfiopy_pool_reserve(&space->pool, ranges);
+}
+
+/* The free range that holds all of [first, last], or NULL. */
+struct vfiopy_free *vfiopy_free_holding(const struct vfiopy_free_space *space, uint64_t first, uint64_t last);
+
+/* Best fit: the smallest range in which the wish can be had, at its lowest place. Never IOVA 0. */
+struct vfiopy_free *vfiopy_free_find(const struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
+                                     uint64_t *iova);
+
+void vfiopy_free_take(struct vfiopy_free_space *space, struct vfiopy_free *from, uint64_t first, uint64_t last);
+void vfiopy_free_give(struct vfiopy_free_space *space, const struct vfiopy_cell *cell, uint64_t first, uint64_t last);
+
+/* No range is free any more. */
+void vfiopy_free_clear(struct vfiopy_free_space *space);
+
+uint64_t vfiopy_free_largest_span(const struct vfiopy_free_space *space);
+
+const char *vfiopy_free_verify(const struct vfiopy_free_space *space);
+
+#endif
