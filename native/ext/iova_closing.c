@@ -1,0 +1,220 @@
+/*
+ * The Python type IovaClosing: an unmap that waits for pins without a thread, through a file descriptor.
+ *
+ * Made by IovaSpace.closing(); from then on the range takes no new pins. Dropped before its end it gives up.
+ */
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "ext/iova_object.h"
+#include "ext/raise.h"
+
+struct closing {
+    PyObject_HEAD
+    PyObject *space;
+    struct vfiopy_unmap unmap;
+    int event; /* -1: over */
+    bool ready;
+};
+
+static PyTypeObject *closing_type;
+
+static struct closing *of(PyObject *self)
+{
+    return (struct closing *)self;
+}
+
+/* No watching any more; what is closing stays so. In a forked child there is nothing but the descriptor. */
+static void end(struct closing *closing)
+{
+    if (closing->event < 0)
+        return;
+    if (vfiopy_iova_is_here(closing->space))
+        vfiopy_unmap_unwatch(vfiopy_space_of(closing->space), &closing->unmap);
+    close(closing->event);
+    closing->event = -1;
+}
+
+static void give_up(struct closing *closing)
+{
+    if (closing->event < 0)
+        return;
+    if (!vfiopy_iova_is_here(closing->space))
+        ; /* it is the parent's */
+    else if (closing->ready)
+        vfiopy_unmap_undo(vfiopy_space_of(closing->space), &closing->unmap);
+    else
+        vfiopy_unmap_give_up(vfiopy_space_of(closing->space), &closing->unmap);
+    end(closing);
+}
+
+static int check_open(struct closing *closing)
+{
+    if (closing->event >= 0)
+        return vfiopy_iova_elsewhere(closing->space);
+    vfiopy_raise_state("StateError", "this unmap is over");
+    return -1;
+}
+
+static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct vfiopy_range range;
+    struct closing *closing;
+
+    if (vfiopy_iova_elsewhere(self) || vfiopy_get_bounds("closing", args, nargs, &range))
+        return NULL;
+    closing = of(PyType_GenericAlloc(closing_type, 0));
+    if (!closing)
+        return NULL;
+    closing->event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (closing->event < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        Py_DECREF((PyObject *)closing);
+        return NULL;
+    }
+    closing->space = Py_NewRef(self);
+    closing->unmap.range = range;
+    vfiopy_unmap_watch(vfiopy_space_of(self), &closing->unmap, closing->event);
+    return (PyObject *)closing;
+}
+
+static PyObject *ready(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct closing *closing = of(self);
+    struct vfiopy_failure failure = {.asked = closing->unmap.range};
+    struct vfiopy_space *space;
+    uint64_t drained;
+
+    if (check_open(closing))
+        return NULL;
+    if (closing->ready)
+        Py_RETURN_TRUE;
+    space = vfiopy_space_of(closing->space);
+    /* Before the look, or a pin that goes in between would not be heard of. */
+    if (read(closing->event, &drained, sizeof(drained)) < 0)
+        drained = 0;
+    for (;;) {
+        switch (vfiopy_unmap_step(space, &closing->unmap, &failure)) {
+        case VFIOPY_STEP_READY:
+            closing->ready = true;
+            Py_RETURN_TRUE;
+        case VFIOPY_STEP_WAIT:
+            Py_RETURN_FALSE;
+        case VFIOPY_STEP_FAILED:
+            end(closing);
+            return vfiopy_raise_failure(closing->space, "unmap", &failure, NULL);
+        case VFIOPY_STEP_NOTIFY:
+            if (vfiopy_iova_tell(&closing->unmap)) {
+                give_up(closing);
+                return NULL;
+            }
+            if (vfiopy_iova_elsewhere(closing->space)) /* an owner's callback forked */
+                return NULL;
+            break;
+        case VFIOPY_STEP_BUSY:
+            Py_BEGIN_ALLOW_THREADS
+            vfiopy_unmap_wait_idle(space, &closing->unmap);
+            Py_END_ALLOW_THREADS
+            break;
+        }
+    }
+}
+
+static PyObject *finish(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct closing *closing = of(self);
+    int result;
+
+    if (check_open(closing))
+        return NULL;
+    if (!closing->ready) {
+        vfiopy_raise_state("StateError", "the range is still pinned, or ready() was not asked");
+        return NULL;
+    }
+    result = vfiopy_iova_finish(closing->space, "unmap", &closing->unmap);
+    end(closing);
+    return result ? NULL : PyLong_FromUnsignedLongLong(closing->unmap.bytes);
+}
+
+static PyObject *give_up_method(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    give_up(of(self));
+    Py_RETURN_NONE;
+}
+
+static PyObject *raise_pinned(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct closing *closing = of(self);
+
+    if (check_open(closing))
+        return NULL;
+    vfiopy_iova_raise_pinned(closing->space, "unmap", &closing->unmap);
+    end(closing);
+    return NULL;
+}
+
+static PyObject *file_number(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    return check_open(of(self)) ? NULL : PyLong_FromLong(of(self)->event);
+}
+
+static int closing_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(of(self)->space);
+    return 0;
+}
+
+static void closing_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+
+    PyObject_GC_UnTrack(self);
+    if (of(self)->space)
+        give_up(of(self));
+    else if (of(self)->event > 0)
+        close(of(self)->event);
+    Py_CLEAR(of(self)->space);
+    release(self);
+    Py_DECREF(type);
+}
+
+PyMethodDef vfiopy_iova_closing_methods[] = {
+    {"closing", VFIOPY_FAST(start), METH_FASTCALL,
+     "closing(first, last): begin to unmap a range without waiting; returns an IovaClosing"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMethodDef methods[] = {
+    {"ready", ready, METH_NOARGS,
+     "ready(): tell owners that were not told yet; True when no pin is left and finish() may follow"},
+    {"finish", finish, METH_NOARGS, "finish(): unmap; returns the number of bytes"},
+    {"give_up", give_up_method, METH_NOARGS, "give_up(): everything is as it was; does nothing in a forked child"},
+    {"raise_pinned", raise_pinned, METH_NOARGS, "raise_pinned(): give up with the PinnedError that names the owners"},
+    {"fileno", file_number, METH_NOARGS, "fileno(): readable when a mapping of the range lost its last pin"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "An unmap under way that waits for pins; see IovaSpace.unmap_async."},
+    {Py_tp_dealloc, closing_dealloc},
+    {Py_tp_traverse, closing_traverse},
+    {Py_tp_methods, methods},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "vfiopy._native.IovaClosing",
+    .basicsize = sizeof(struct closing),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = slots,
+};
+
+int vfiopy_iova_closing_init(PyObject *module)
+{
+    closing_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    if (!closing_type)
+        return -1;
+    return PyModule_AddObjectRef(module, "IovaClosing", (PyObject *)closing_type);
+}

@@ -1,0 +1,349 @@
+/* IovaSpace: unmapping. Tells the owners of pins, with no lock held, and waits for them. */
+#include <math.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "ext/iova_object.h"
+
+#define SLICE 0.05 /* seconds between looks for a pending signal */
+
+static double now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+int vfiopy_iova_tell(struct vfiopy_unmap *unmap)
+{
+    int result = 0;
+
+    for (size_t i = 0; i < unmap->notice_count; i++) {
+        struct vfiopy_notice *notice = &unmap->notices[i];
+        PyObject *callback = notice->callback, *answer = NULL;
+
+        if (!result)
+            answer = PyObject_CallFunction(callback, "KK", (unsigned long long)notice->iova,
+                                           (unsigned long long)notice->size);
+        if (!result && !answer) {
+            if (PyErr_ExceptionMatches(PyExc_Exception))
+                PyErr_WriteUnraisable(callback);
+            else
+                result = -1;
+        }
+        Py_XDECREF(answer);
+        if (result) {
+            PyObject *type, *value, *traceback; /* a destructor must not lose it */
+
+            PyErr_Fetch(&type, &value, &traceback);
+            Py_DECREF(callback);
+            PyErr_Restore(type, value, traceback);
+        } else {
+            Py_DECREF(callback);
+        }
+    }
+    free(unmap->notices);
+    unmap->notices = NULL;
+    unmap->notice_count = 0;
+    return result;
+}
+
+PyObject *vfiopy_iova_raise_pinned(PyObject *self, const char *operation, struct vfiopy_unmap *unmap)
+{
+    struct vfiopy_failure failure = {.result = VFIOPY_PINNED, .asked = unmap->range};
+    PyObject *holders = vfiopy_holders_list(self, unmap->range);
+
+    vfiopy_unmap_give_up(vfiopy_space_of(self), unmap);
+    return holders ? vfiopy_raise_failure(self, operation, &failure, holders) : NULL;
+}
+
+/* A callback or a signal handler may have forked: the unmap is the parent's then. */
+static void back_out(PyObject *self, struct vfiopy_unmap *unmap)
+{
+    if (vfiopy_iova_is_here(self))
+        vfiopy_unmap_give_up(vfiopy_space_of(self), unmap);
+}
+
+/* Bring an unmap to where it is ready. 0, or -1 with an error set and everything as it was. */
+static int get_ready(PyObject *self, const char *operation, struct vfiopy_unmap *unmap, double timeout)
+{
+    struct vfiopy_space *space = vfiopy_space_of(self);
+    struct vfiopy_failure failure = {.asked = unmap->range};
+    double deadline = 0, left;
+
+    for (;;) {
+        if (vfiopy_iova_elsewhere(self))
+            return -1;
+        switch (vfiopy_unmap_step(space, unmap, &failure)) {
+        case VFIOPY_STEP_READY:
+            return 0;
+        case VFIOPY_STEP_FAILED:
+            failure.asked = unmap->range;
+            vfiopy_raise_failure(self, operation, &failure, NULL);
+            return -1;
+        case VFIOPY_STEP_BUSY:
+            Py_BEGIN_ALLOW_THREADS
+            vfiopy_unmap_wait_idle(space, unmap);
+            Py_END_ALLOW_THREADS
+            break;
+        case VFIOPY_STEP_NOTIFY:
+            if (vfiopy_iova_tell(unmap)) {
+                back_out(self, unmap);
+                return -1;
+            }
+            break;
+        case VFIOPY_STEP_WAIT:
+            if (!deadline)
+                deadline = now() + timeout;
+            left = deadline - now();
+            if (left <= 0) {
+                vfiopy_iova_raise_pinned(self, operation, unmap);
+                return -1;
+            }
+            Py_BEGIN_ALLOW_THREADS
+            vfiopy_unmap_wait(space, unmap, (uint64_t)(fmin(left, SLICE) * 1e9));
+            Py_END_ALLOW_THREADS
+            break;
+        }
+        if (PyErr_CheckSignals()) {
+            back_out(self, unmap);
+            return -1;
+        }
+    }
+}
+
+int vfiopy_iova_finish(PyObject *self, const char *operation, struct vfiopy_unmap *unmap)
+{
+    struct vfiopy_space *space = vfiopy_space_of(self);
+    struct vfiopy_failure failure = {0};
+    int result;
+
+    if (vfiopy_space_has_mappers(space)) {
+        Py_BEGIN_ALLOW_THREADS
+        result = vfiopy_unmap_finish(space, unmap, &failure);
+        Py_END_ALLOW_THREADS
+    } else {
+        result = vfiopy_unmap_finish(space, unmap, &failure);
+    }
+    vfiopy_drop_gone(&unmap->gone);
+    if (!result)
+        return 0;
+    failure.asked = unmap->range;
+    vfiopy_raise_failure(self, operation, &failure, NULL);
+    return -1;
+}
+
+/* The common case in one go. 1: done; 0: it is not that simple; -1 with an error set. */
+static int at_once(PyObject *self, const char *operation, struct vfiopy_unmap *unmap)
+{
+    struct vfiopy_space *space = vfiopy_space_of(self);
+    struct vfiopy_failure failure = {0};
+    bool done;
+    int result;
+
+    if (vfiopy_space_has_mappers(space)) {
+        Py_BEGIN_ALLOW_THREADS
+        result = vfiopy_unmap_at_once(space, unmap, &done, &failure);
+        Py_END_ALLOW_THREADS
+    } else {
+        result = vfiopy_unmap_at_once(space, unmap, &done, &failure);
+    }
+    vfiopy_drop_gone(&unmap->gone);
+    if (!result)
+        return done;
+    failure.asked = unmap->range;
+    vfiopy_raise_failure(self, operation, &failure, NULL);
+    return -1;
+}
+
+static PyObject *run(PyObject *self, const char *operation, struct vfiopy_unmap *unmap, PyObject *timeout)
+{
+    double seconds = 0;
+    int done = 0;
+
+    if (vfiopy_iova_elsewhere(self) || (timeout && vfiopy_get_timeout(timeout, &seconds)))
+        return NULL;
+    if (unmap->exact)
+        done = at_once(self, operation, unmap);
+    if (done < 0 ||
+        (!done && (get_ready(self, operation, unmap, seconds) || vfiopy_iova_finish(self, operation, unmap))))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(unmap->bytes);
+}
+
+int vfiopy_iova_unmap_one(PyObject *book, uint64_t iova, uint64_t serial, double timeout)
+{
+    struct vfiopy_unmap unmap = {.range = {iova, iova}, .exact = true, .serial = serial};
+    struct vfiopy_view view;
+    int done = at_once(book, "unmap", &unmap);
+
+    if (done)
+        return done;
+    if (!vfiopy_space_find(vfiopy_space_of(book), iova, &view))
+        return 0;
+    Py_XDECREF((PyObject *)view.memory);
+    if (view.serial != serial)
+        return 0;
+    return get_ready(book, "unmap", &unmap, timeout) || vfiopy_iova_finish(book, "unmap", &unmap) ? -1 : 1;
+}
+
+static int get_bounds(const char *operation, PyObject *first, PyObject *last, struct vfiopy_unmap *unmap)
+{
+    if (vfiopy_get_u64(first, "first", &unmap->range.first) || vfiopy_get_u64(last, "last", &unmap->range.last))
+        return -1;
+    if (unmap->range.first <= unmap->range.last)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s(): first %S is above last %S", operation, first, last);
+    return -1;
+}
+
+static PyObject *unmap_method(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
+{
+    static const char *const names[] = {"iova", "timeout", NULL};
+    struct vfiopy_unmap unmap = {.exact = true};
+    PyObject *given[2];
+
+    if (vfiopy_arguments("unmap", args, nargs, keywords, names, 1, given) ||
+        vfiopy_get_u64(given[0], "iova", &unmap.range.first))
+        return NULL;
+    unmap.range.last = unmap.range.first;
+    return run(self, "unmap", &unmap, given[1]);
+}
+
+static PyObject *unmap_range(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
+{
+    static const char *const names[] = {"first", "last", "timeout", NULL};
+    struct vfiopy_unmap unmap = {0};
+    PyObject *given[3];
+
+    if (vfiopy_arguments("unmap_range", args, nargs, keywords, names, 2, given) ||
+        get_bounds("unmap_range", given[0], given[1], &unmap))
+        return NULL;
+    return run(self, "unmap_range", &unmap, given[2]);
+}
+
+static PyObject *unmap_all(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
+{
+    static const char *const names[] = {"timeout", NULL};
+    struct vfiopy_unmap unmap = {.range = {0, UINT64_MAX}};
+    PyObject *given[1];
+
+    if (vfiopy_arguments("unmap_all", args, nargs, keywords, names, 0, given))
+        return NULL;
+    return run(self, "unmap_all", &unmap, given[0]);
+}
+
+/* --- in steps, for mappers written in Python ----------------------------------------------------------------- */
+
+static PyObject *begin_unmap(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
+{
+    static const char *const names[] = {"first", "last", "timeout", NULL};
+    struct vfiopy_unmap unmap = {0};
+    struct vfiopy_failure failure = {0};
+    struct vfiopy_views views = {0};
+    PyObject *given[3], *list;
+    double seconds = 0;
+    int result;
+
+    if (vfiopy_arguments("begin_unmap", args, nargs, keywords, names, 2, given) ||
+        get_bounds("begin_unmap", given[0], given[1], &unmap) ||
+        (given[2] && vfiopy_get_timeout(given[2], &seconds)) || get_ready(self, "begin_unmap", &unmap, seconds))
+        return NULL;
+    result = vfiopy_unmap_views(vfiopy_space_of(self), &unmap, &views);
+    list = vfiopy_views_list(&views, vfiopy_view_object);
+    if (!result && list) {
+        result = vfiopy_unmap_hand_out(vfiopy_space_of(self), &unmap, &failure);
+        if (!result)
+            return list;
+    }
+    vfiopy_unmap_undo(vfiopy_space_of(self), &unmap);
+    Py_XDECREF(list);
+    if (failure.result) {
+        failure.asked = unmap.range;
+        return vfiopy_raise_failure(self, "begin_unmap", &failure, NULL);
+    }
+    return result ? PyErr_NoMemory() : NULL;
+}
+
+static int adopt(PyObject *self, const char *operation, PyObject *const *args, Py_ssize_t nargs,
+                 struct vfiopy_unmap *unmap)
+{
+    struct vfiopy_failure failure = {0};
+    int result;
+
+    if (vfiopy_iova_elsewhere(self))
+        return -1;
+    if (nargs != 2) {
+        PyErr_Format(PyExc_TypeError, "%s() takes 2 arguments (first, last), not %zd", operation, nargs);
+        return -1;
+    }
+    if (get_bounds(operation, args[0], args[1], unmap))
+        return -1;
+    Py_BEGIN_ALLOW_THREADS
+    result = vfiopy_unmap_adopt(vfiopy_space_of(self), unmap, &failure);
+    Py_END_ALLOW_THREADS
+    if (!result)
+        return 0;
+    failure.asked = unmap->range;
+    vfiopy_raise_failure(self, operation, &failure, NULL);
+    return -1;
+}
+
+static PyObject *finish_unmap(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct vfiopy_unmap unmap = {0};
+
+    if (adopt(self, "finish_unmap", args, nargs, &unmap) || vfiopy_iova_finish(self, "finish_unmap", &unmap))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(unmap.bytes);
+}
+
+static PyObject *abort_unmap(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct vfiopy_unmap unmap = {0};
+
+    if (adopt(self, "abort_unmap", args, nargs, &unmap))
+        return NULL;
+    vfiopy_unmap_undo(vfiopy_space_of(self), &unmap);
+    Py_RETURN_NONE;
+}
+
+static PyObject *resync(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct vfiopy_failure failure = {0};
+    struct vfiopy_gone gone = {0};
+    uint64_t bytes = 0;
+    int result;
+
+    if (vfiopy_iova_elsewhere(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    result = vfiopy_space_resync(vfiopy_space_of(self), &gone, &bytes, &failure);
+    Py_END_ALLOW_THREADS
+    vfiopy_drop_gone(&gone);
+    if (!result)
+        return PyLong_FromUnsignedLongLong(bytes);
+    failure.asked = (struct vfiopy_range){failure.clash.first, failure.clash.last};
+    return vfiopy_raise_failure(self, "resync", &failure, NULL);
+}
+
+PyMethodDef vfiopy_iova_unmap_methods[] = {
+    {"unmap", VFIOPY_FAST(unmap_method), METH_FASTCALL | METH_KEYWORDS,
+     "unmap(iova, timeout=0): unmap the mapping that begins there; returns its size"},
+    {"unmap_range", VFIOPY_FAST(unmap_range), METH_FASTCALL | METH_KEYWORDS,
+     "unmap_range(first, last, timeout=0): unmap all mappings in the range; returns the number of bytes"},
+    {"unmap_all", VFIOPY_FAST(unmap_all), METH_FASTCALL | METH_KEYWORDS,
+     "unmap_all(timeout=0): unmap everything; returns the number of bytes"},
+    {"begin_unmap", VFIOPY_FAST(begin_unmap), METH_FASTCALL | METH_KEYWORDS,
+     "begin_unmap(first, last, timeout=0): mark what is there; finish_unmap or abort_unmap must follow,\n"
+     "with the same bounds, even if there is nothing; until then nobody else can begin with them"},
+    {"finish_unmap", VFIOPY_FAST(finish_unmap), METH_FASTCALL,
+     "finish_unmap(first, last): call the kernel's mappers and erase what begin_unmap(first, last) marked;\n"
+     "returns the number of bytes"},
+    {"abort_unmap", VFIOPY_FAST(abort_unmap), METH_FASTCALL, 
+     "abort_unmap(first, last): what begin_unmap(first, last) marked is live again"},
+    {"resync", resync, METH_NOARGS,
+     "resync(): unmap again what is in an unknown state; returns the number of bytes that are free now"},
+    {NULL, NULL, 0, NULL},
+};
