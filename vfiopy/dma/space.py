@@ -1,0 +1,275 @@
+"""The address space of one or more devices: the book, and the mappers that make it true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from vfiopy._native import SpaceBase
+from vfiopy.backend import DeviceWindow, FileMemory, IovaRange, Mapper, Memory, MemoryKind, Prot
+from vfiopy.dma.buffer import Allocation, DmaArray, allocate_pages
+from vfiopy.dma.mappers import MapperSet, Member
+from vfiopy.dma.mapping import Mapping
+from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of
+from vfiopy.errors import BusyError, MemoryKindError, NotMappedError, StateError
+from vfiopy.iova import IovaMapping, IovaSpace
+from vfiopy.lives import Resource, drain_finalizers
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["AddressSpace", "Member"]
+
+ANY_IOVA = (1 << 64) - 1
+
+
+class AddressSpace(Resource, SpaceBase):
+    """A DMA address space: what its devices can reach, and at which IOVA.
+
+    Open one to put several devices into it; ``vfiopy.open()`` makes one of its own where none is given.
+
+    ``space.book`` is the native IOVA space below. ``map`` and ``Mapping.unmap`` are one native call each.
+
+    Threads: ``map``, ``unmap``, ``pin`` and look-ups may be called from any thread; devices join and leave from one
+    thread at a time.
+
+    Args:
+        name: for messages.
+    """
+
+    _rank = -10
+
+    book: IovaSpace
+
+    def __init__(self, name: str = "dma") -> None:
+        Resource.__init__(self, f"address space '{name}'")
+        SpaceBase.__init__(self, IovaSpace(name))
+        self.name = name
+        self._mappers = MapperSet(self.book, self._label)
+        self._allocations: WeakSet[Allocation] = WeakSet()
+        self._choose_road()
+
+    def _choose_road(self) -> None:
+        """Let plain buffers go straight to the book where nobody else has to be asked."""
+        mappers = self._mappers
+        self._direct = self._open and not mappers.in_python and MemoryKind.HOST in mappers.kinds
+
+    # --- mappers and devices -------------------------------------------------------------------------------------
+
+    @property
+    def mappers(self) -> tuple[Mapper, ...]:
+        """The mappers of this space, in the order in which they came."""
+        return tuple(self._mappers)
+
+    def join(self, mapper: Mapper, member: Member) -> None:
+        """Take a device in: called by ``vfiopy.open()``.
+
+        Mappings that exist already are replayed into a mapper that is new here. On failure the space is as before.
+
+        Raises:
+            IovaRangeError: an existing mapping lies outside of what the device's IOMMU can do.
+        """
+        self.check_open()
+        self._direct = False  # until all mappers agree again, every map asks them in words
+        try:
+            self._mappers.join(mapper, member)
+        finally:
+            self._choose_road()
+
+    def add_mapper(self, mapper: Mapper) -> None:
+        """Take in a mapper before its devices, so that ``vfiopy.open(..., space=...)`` finds it.
+
+        For containers and IOASes of a privileged launcher: ``space.add_mapper(ContainerMapper.adopt(fd))``, then
+        ``vfiopy.open(address, space=space, device_fd=...)``. The space closes it.
+        """
+        self.check_open()
+        self._direct = False
+        try:
+            self._mappers.add(mapper)
+        finally:
+            self._choose_road()
+
+    def leave(self, mapper: Mapper, member: Member) -> None:
+        """Let a device go: called by ``Device.close()`` after the device is shut."""
+        try:
+            self._mappers.leave(mapper, member)
+        finally:
+            self._choose_road()
+
+    # --- mapping -------------------------------------------------------------------------------------------------
+
+    # map, map_many and unmap_many are SpaceBase's: for plain buffers, straight from there to the book and the kernel.
+
+    def _map_slowly(
+        self, memory: Memory | Buffer, iova: int | None, prot: int, limit: int, alignment: int
+    ) -> Mapping:
+        """Map what is not a plain buffer, or through mappers in Python; or say in words why it cannot be done."""
+        self.check_open()
+        drain_finalizers()
+        rights = Prot(prot)
+        ready = memory_of(memory, rights)
+        fd, fd_offset = _fd_of(ready)
+        try:
+            self._mappers.check_kind(ready.kind)
+            wanted = self._mappers.place(ready) if iova is None else iova
+            kind = int(ready.kind)
+            arguments = (ready, ready.address, ready.size, prot, wanted, limit, alignment, kind, fd, fd_offset)
+            if not self._mappers.in_python:
+                return self._map_memory(*arguments)
+            at, serial = self._mappers.map(ready, rights, arguments)
+            return Mapping(self, at, ready.size, ready.address, rights, serial)
+        except BaseException:
+            if ready is not memory:
+                let_go(ready)
+            raise
+
+    def _map_many_slowly(self, memories: Iterable[Memory | Buffer], prot: int, limit: int) -> list[Mapping]:
+        done: list[Mapping] = []
+        try:
+            for memory in memories:
+                done.append(self._map_slowly(memory, None, prot, limit, 0))
+        except BaseException as error:
+            self._take_back(done, error)
+        return done
+
+    def unmap(self, iova: int, size: int | None = None, *, timeout: float = 0.0) -> int:
+        """Unmap one mapping by its first IOVA, or everything in ``[iova, iova + size)``.
+
+        A range must hold whole mappings only; holes in it are fine, and an empty range unmaps 0 bytes, whatever the
+        backend underneath thinks of it.
+
+        Args:
+            iova: first IOVA.
+            size: bytes, or None for exactly the mapping that begins at ``iova``.
+            timeout: seconds to wait for the owners of pins.
+
+        Returns:
+            Number of bytes unmapped.
+
+        Raises:
+            NotMappedError: no mapping begins at ``iova`` (only without ``size``), or an end cuts a mapping in two.
+            PinnedError, UnmappingError: see :meth:`Mapping.unmap`.
+        """
+        self.check_open()
+        if size is not None and not 0 < size <= (1 << 64) - iova:
+            raise NotMappedError(
+                f"a range of {size:#x} bytes at IOVA {iova:#x} cannot be unmapped",
+                object=self._label,
+                hint="a range has at least one byte and ends within the 64-bit space",
+            )
+        if self._mappers.in_python:
+            return self._mappers.unmap(iova, size, timeout)
+        if size is None:
+            return self.book.unmap(iova, timeout)
+        return self.book.unmap_range(iova, iova + size - 1, timeout)
+
+    def unmap_all(self, *, timeout: float = 0.0) -> int:
+        """Unmap everything; return the number of bytes."""
+        self.check_open()
+        if self._mappers.in_python:
+            return self._mappers.unmap(0, 1 << 64, timeout)
+        return self.book.unmap_all(timeout)
+
+    def allocate(
+        self,
+        shape: int | Sequence[int],
+        dtype: DTypeLike = "u1",
+        *,
+        iova: int | None = None,
+        prot: Prot = Prot.RW,
+        limit: int = ANY_IOVA,
+        alignment: int = 0,
+        page_size: int = PAGE_SIZE,
+        numa_node: int | None = None,
+        order: Any = "C",
+    ) -> DmaArray:
+        """Allocate zeroed memory and map it: a numpy array with an ``.iova``.
+
+        Args:
+            shape: as for ``numpy.zeros``; an int is a number of *elements*.
+            dtype: as for ``numpy.zeros``; bytes by default.
+            iova, prot, limit, alignment: see :meth:`map`.
+            page_size, numa_node: see :func:`vfiopy.dma.buffer.allocate_pages`.
+            order: ``"C"`` or ``"F"``.
+        """
+        if np.dtype(dtype).hasobject:
+            raise MemoryKindError(
+                "Python objects cannot live in memory that a device writes",
+                object="allocate()",
+                hint="use a dtype of numbers or bytes",
+            )
+        count = int(np.prod(shape, dtype=object))
+        size = count * np.dtype(dtype).itemsize
+        memory = allocate_pages(size, page_size=page_size, numa_node=numa_node)
+        # The array first: numpy refuses a bad shape, dtype or order, and then nothing is mapped.
+        array = DmaArray.over(memory, shape, dtype, order)
+        mapping = self.map(memory, iova=iova, prot=prot, limit=limit, alignment=alignment)
+        self._allocations.add(array.adopt(mapping))
+        return array
+
+    def bounce(self, data: Buffer, *, prot: Prot = Prot.READ, limit: int = ANY_IOVA) -> DmaArray:
+        """Copy ``data`` (any buffer, also ``bytes``) into a new DMA buffer of as many bytes.
+
+        The explicit way for memory that cannot be mapped itself; with ``with`` it is unmapped at the end.
+        """
+        view = memoryview(data).cast("B")
+        buffer = self.allocate(max(view.nbytes, 1), prot=prot, limit=limit)
+        buffer[: view.nbytes] = memoryview(view)
+        return buffer
+
+    # --- looking -------------------------------------------------------------------------------------------------
+
+    def find(self, iova: int) -> Mapping | None:
+        """Return the mapping that contains ``iova``, or None."""
+        self.check_open()
+        found = self.book.find(iova)
+        return None if found is None else self._handle_of(found)
+
+    def mappings(self) -> list[Mapping]:
+        """Return all mappings, by IOVA."""
+        self.check_open()
+        return [self._handle_of(found) for found in self.book.mappings()]
+
+    def _handle_of(self, found: IovaMapping) -> Mapping:
+        return Mapping(self, found.iova, found.size, found.address, found.prot, found.serial)
+
+    def usable_ranges(self) -> list[IovaRange]:
+        """Return the IOVA ranges that all mappers of the space can use."""
+        return [IovaRange(*bounds) for bounds in self.book.usable()]
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts and bytes: mapped, free, pinned, by kind."""
+        return dict(self.book.stats())
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        for member in self._mappers.members():
+            member.close()
+        self._mappers.close()
+        # Devices are gone and with them their mappers; what is left in the book is bookkeeping and memory.
+        if self._mappers:
+            raise StateError(f"{self._label} still has mappers: {[mapper.name for mapper in self._mappers]}")
+        pinned = self.stats().get("pinned_bytes", 0)
+        if pinned:
+            raise BusyError(
+                f"{pinned} bytes are still pinned",
+                object=self._label,
+                hint="unpin them, or have their owners do it in their unmap callbacks",
+            )
+        self.book.unmap_all(0.0)
+        for allocation in list(self._allocations):
+            allocation.close()  # nothing is left to unmap; it only learns that it is over
+        self._direct = False
+
+
+def _fd_of(memory: Memory) -> tuple[int, int]:
+    if isinstance(memory, FileMemory):
+        return memory.fd, memory.offset
+    if isinstance(memory, DeviceWindow):
+        return memory.dmabuf_fd, memory.offset
+    return -1, 0
