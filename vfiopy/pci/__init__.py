@@ -1,0 +1,31 @@
+"""PCI: addresses, functions in sysfs, binding to VFIO, configuration space decoded; no VFIO ioctl here."""
+
+from vfiopy.pci.address import PciAddress
+from vfiopy.pci.binding import Binding, bind, restore
+from vfiopy.pci.discovery import find, function
+from vfiopy.pci.events import Event, Monitor, monitor
+from vfiopy.pci.function import Function, Resource, is_vfio_driver
+from vfiopy.pci.permissions import MemlockLimit, grant, memlock_limit, udev_rule
+from vfiopy.pci.system import System
+from vfiopy.pci.usage import uses
+
+__all__ = [
+    "Binding",
+    "Event",
+    "Function",
+    "MemlockLimit",
+    "Monitor",
+    "PciAddress",
+    "Resource",
+    "System",
+    "bind",
+    "find",
+    "function",
+    "grant",
+    "is_vfio_driver",
+    "memlock_limit",
+    "monitor",
+    "restore",
+    "udev_rule",
+    "uses",
+]

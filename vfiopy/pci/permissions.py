@@ -1,0 +1,174 @@
+"""Giving a device to an unprivileged user: nodes, udev rules, and how much memory may be locked."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import resource
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfiopy.errors import NotBoundError, PermissionDeniedError
+from vfiopy.pci.address import PciAddress
+from vfiopy.pci.discovery import function as find_function
+from vfiopy.pci.function import Function
+from vfiopy.pci.system import System
+
+__all__ = ["MemlockLimit", "grant", "memlock_limit", "udev_rule"]
+
+_CAP_IPC_LOCK = 14  # linux/capability.h
+
+
+def grant(
+    target: PciAddress | str | Function,
+    user: str | int | None = None,
+    group: str | int | None = None,
+    *,
+    system: System | None = None,
+) -> tuple[Path, ...]:
+    """Let a user or group open a function that is bound to VFIO, until it is unbound or the machine restarts.
+
+    Its own nodes (``/dev/vfio/N`` and ``/dev/vfio/devices/vfioX``) get the owner or group and mode 0600 or
+    0660. ``/dev/iommu``, which all devices share, keeps its owner: the group gets it if it is still root's,
+    else everybody may open it, as everybody may open ``/dev/vfio/vfio``; without a device it is of no use.
+
+    Args:
+        target: the function.
+        user: name or uid that the nodes are to belong to; None keeps the owner.
+        group: name or gid that the nodes are to belong to; None keeps it.
+        system: other roots than /sys, /proc and /dev.
+
+    Returns:
+        The nodes that were changed.
+
+    Raises:
+        NotBoundError: the function has no VFIO node.
+        PermissionDeniedError: not the owner of the nodes.
+        LookupError: no such user or group.
+        ValueError: neither user nor group.
+    """
+    if user is None and group is None:
+        raise ValueError("grant() needs a user or a group")
+    uid = -1 if user is None else pwd.getpwnam(user).pw_uid if isinstance(user, str) else user
+    gid = -1 if group is None else grp.getgrnam(group).gr_gid if isinstance(group, str) else group
+    function = target if isinstance(target, Function) else find_function(target, system=system)
+    nodes = [node for node in (function.group_node, function.cdev_node) if node is not None and node.exists()]
+    if not nodes:
+        raise NotBoundError(
+            f"it has no VFIO node to grant ({function.cdev_missing})",
+            object=str(function),
+            hint=f"bind it first: vfiopy bind {function}",
+        )
+    changed = []
+    try:
+        for node in nodes:
+            os.chown(node, uid, gid)
+            node.chmod(0o600 if gid < 0 else 0o660)
+            changed.append(node)
+        shared = function.system.dev / "iommu"
+        if function.cdev_node in nodes and shared.exists() and _open_up(shared, uid, gid):
+            changed.append(shared)
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"{error.filename} cannot be given away: {error.strerror}",
+            errno=error.errno,
+            object=str(function),
+            call="chown",
+            hint="run as root, or let udev do it: udev_rule() writes the rule",
+        ) from error
+    return tuple(changed)
+
+
+def _open_up(node: Path, uid: int, gid: int) -> bool:
+    now = node.stat()
+    owner_may = now.st_uid == uid and now.st_mode & 0o600 == 0o600
+    group_may = now.st_gid == gid and now.st_mode & 0o060 == 0o060
+    if now.st_mode & 0o006 == 0o006 or owner_may or group_may:
+        return False
+    if gid > 0 and now.st_gid == 0:
+        os.chown(node, -1, gid)
+        node.chmod(stat.S_IMODE(now.st_mode) | 0o060)
+    else:
+        node.chmod(stat.S_IMODE(now.st_mode) | 0o006)
+    return True
+
+
+def udev_rule(address: PciAddress | str, group: str, *, mode: int = 0o660) -> str:
+    """Text of udev rules that give a function's nodes to a group each time it is bound to VFIO.
+
+    Put it into a file such as ``/etc/udev/rules.d/70-vfiopy.rules``, then ``udevadm control --reload``.
+
+    Args:
+        address: the function.
+        group: name of the group.
+        mode: permissions of the nodes.
+    """
+    where = PciAddress.parse(address)
+    if not group or not all(character.isalnum() or character in "_-." for character in group):
+        raise ValueError(f"{group!r} is not the name of a group")
+    rights = f'GROUP="{group}", MODE="{mode:04o}"'
+    # The group node has no parent device, so it is found from the function's "bind" event: its number may
+    # change from boot to boot, the function's address does not.
+    command = (
+        f"RUN+=\"/bin/sh -c 'n=/dev/vfio/$$(basename $$(readlink /sys%p/iommu_group)); "
+        f"chgrp {group} $$n; chmod {mode:04o} $$n'\""
+    )
+    return (
+        f"# {where} for the group {group}: its character device, its group's node, what all devices share\n"
+        f'SUBSYSTEM=="vfio-dev", KERNELS=="{where}", {rights}\n'
+        f'ACTION=="bind", SUBSYSTEM=="pci", KERNEL=="{where}", DRIVER=="*vfio?pci", {command}\n'
+        f'SUBSYSTEM=="misc", KERNEL=="iommu", {rights}\n'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemlockLimit:
+    """How much memory this process may lock; memory that a device can reach counts as locked.
+
+    Attributes:
+        soft: RLIMIT_MEMLOCK now, in bytes; None for no limit.
+        hard: what the process may raise it to, in bytes; None for no limit.
+        locked: what type1 counts for this process already (VmLck), in bytes.
+        pinned: what iommufd and others have pinned for this process (VmPin), in bytes.
+        exempt: the process has CAP_IPC_LOCK, so the limit does not apply.
+    """
+
+    soft: int | None
+    hard: int | None
+    locked: int
+    pinned: int
+    exempt: bool
+
+    @property
+    def available(self) -> int | None:
+        """Bytes that can still be locked, None for no limit; iommufd counts other processes of the user too."""
+        if self.exempt or self.soft is None:
+            return None
+        return max(0, self.soft - max(self.locked, self.pinned))
+
+    def allows(self, size: int) -> bool:
+        """Whether ``size`` more bytes can be locked, as far as this process can tell."""
+        return self.available is None or size <= self.available
+
+
+def memlock_limit(*, system: System | None = None) -> MemlockLimit:
+    """This process's limit on locked memory, and how much of it is used."""
+    system = System() if system is None else system
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    soft, hard = (None if value == resource.RLIM_INFINITY else value for value in limits)
+    status = dict(
+        line.split(":", 1) for line in (system.text(system.proc / "self/status") or "").splitlines() if ":" in line
+    )
+
+    def kibibytes(name: str) -> int:
+        return int(status.get(name, "0").split()[0]) * 1024
+
+    return MemlockLimit(
+        soft=soft,
+        hard=hard,
+        locked=kibibytes("VmLck"),
+        pinned=kibibytes("VmPin"),
+        exempt=bool(int(status.get("CapEff", "0").strip(), 16) & 1 << _CAP_IPC_LOCK),
+    )
