@@ -1,0 +1,360 @@
+"""Reach an emulated device in this process: the seam's ``DeviceIo``, behaving as vfio-pci does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from weakref import WeakSet
+
+from vfiopy.backend import (
+    DeviceInfo,
+    IrqAction,
+    IrqIndex,
+    IrqInfo,
+    RegionFlag,
+    RegionIndex,
+    RegionInfo,
+    Window,
+    region_name,
+)
+from vfiopy.emulated.bar_memory import MemoryWindow
+from vfiopy.emulated.capabilities import MsiX
+from vfiopy.emulated.host import EmulatedHost, EmulatedMapper
+from vfiopy.emulated.irqs import IrqRequest, IrqTable
+from vfiopy.emulated.pci_device import PciDevice
+from vfiopy.emulated.virtual_config import VirtualConfig
+from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, StateError
+from vfiopy.lives import Resource
+
+__all__ = ["EmulatedDeviceIo"]
+
+_BAR_WINDOW_TOP = 0xFEBF_0000  # where firmware of a PC puts 32-bit BARs, downwards
+_WIDTHS = (8, 4, 2, 1)
+_ALIGNED = frozenset(_WIDTHS)
+_users: WeakSet[EmulatedDeviceIo] = WeakSet()
+
+
+class EmulatedDeviceIo(Resource):
+    """A device that is a Python object, opened.
+
+    Opening leaves it as vfio-pci does: BARs placed, memory decode on, bus mastering off, INTx not disabled. Closing is
+    a power cycle.
+
+    Threads: any method from any thread; the device's lock serialises.
+
+    Raises:
+        BusyError: the device is open already.
+    """
+
+    _rank = 20
+
+    def __init__(self, device: PciDevice, mapper: EmulatedMapper) -> None:
+        super().__init__(f"emulated:{device.name}")
+        self._open = self._usable = False  # until the device is ours
+        self.device = device
+        self._irqs = IrqTable(device, self._label)
+        self._windows: list[MemoryWindow] = []
+        self._hidden = self._msix_areas()
+        # BARs of registers only, and their sizes
+        self._registers = {
+            index: bar.size for index, bar in device.bars.items() if not bar.shared and index not in self._hidden
+        }
+        device.plug(EmulatedHost(device, mapper, self._irqs))
+        try:
+            self._power_up()
+        except BaseException:
+            self._release()
+            raise
+
+    def _power_up(self) -> None:
+        device = self.device
+        with device.lock:
+            device.config.place_bars(device.bars, _BAR_WINDOW_TOP)
+            device.config.enable(memory=True, bus_master=False, intx=True)
+            self._config = VirtualConfig(device.config, self._irqs)
+            device.config.on_change = _follow(device, self._irqs, self._windows)
+        _watch_forks()
+        _users.add(self)
+        self._open = self._usable = True
+
+    def _release(self) -> None:
+        if any(self._windows):
+            raise StateError(f"{self.name} cannot be closed while parts of its BARs are mapped")
+        self._usable = False
+        self._irqs.close()
+        self.device.config.on_change = lambda: None
+        self.device.unplug()
+
+    def _leftover(self) -> Callable[[], None]:
+        return self.abandon
+
+    def abandon(self) -> None:
+        """Close, windows and all."""
+        for window in self._windows:
+            window.close()
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """``emulated:`` and the device's name."""
+        return self._label
+
+    @property
+    def backend(self) -> str:
+        """``"emulated"``."""
+        return "emulated"
+
+    # --- what it is ----------------------------------------------------------------------------------------------
+
+    def info(self) -> DeviceInfo:
+        """Describe the device."""
+        self.check_open()
+        return DeviceInfo(
+            num_regions=RegionIndex.VGA + 1,
+            num_irqs=IrqIndex.REQ + 1,
+            can_reset=self.device.has_function_reset,
+        )
+
+    def region_info(self, index: int) -> RegionInfo:
+        """Describe a region; size 0 where it does not exist."""
+        self.check_open()
+        if not 0 <= index <= RegionIndex.VGA:
+            raise AddressRangeError(f"there is no region {index}", object=self.name, call="VFIO_DEVICE_GET_REGION_INFO")
+        both = RegionFlag.READ | RegionFlag.WRITE
+        if index == RegionIndex.CONFIG:
+            return RegionInfo(index, self.device.config.size, both)
+        bar = self.device.bars.get(index)
+        if bar is None:
+            return RegionInfo(index, 0, RegionFlag(0))
+        table = self.device.config.find(MsiX)
+        return RegionInfo(
+            index,
+            bar.size,
+            both | RegionFlag.MMAP if bar.shared else both,
+            msix_mappable=bar.shared and table is not None and table[0].table_bar == index,
+        )
+
+    def irq_info(self, index: int) -> IrqInfo:
+        """Describe an interrupt index; count 0 where it has no vector."""
+        self.check_open()
+        return self._irqs.info(index)
+
+    # --- registers -----------------------------------------------------------------------------------------------
+
+    def read(self, index: int, offset: int, size: int) -> bytes:
+        """Read bytes; what is not an aligned access becomes the widest aligned ones that fit.
+
+        Raises:
+            AddressRangeError: outside of the region.
+            DeviceGoneError: memory decode is off, or the function is in D3hot.
+        """
+        # The way of nearly all calls, flat because each level costs as much as a register's own code.
+        limit = self._registers.get(index)
+        if (
+            limit is not None
+            and self._usable
+            and size in _ALIGNED
+            and 0 <= offset <= limit - size
+            and not offset & size - 1
+            and self.device.config.memory_enabled
+        ):
+            return self.device.handle_read(index, offset, size).to_bytes(size, "little")
+        return self._read_carefully(index, offset, size)
+
+    def _read_carefully(self, index: int, offset: int, size: int) -> bytes:
+        self.check_open()
+        if index == RegionIndex.CONFIG:
+            self._check_range(index, self.device.config.size, offset, size)
+            with self.device.lock:
+                return self._config.read(offset, size)
+        self._check_bar(index, offset, size)
+        return b"".join(self._read_piece(index, at, width) for at, width in _pieces(offset, size))
+
+    def _read_piece(self, index: int, offset: int, width: int) -> bytes:
+        device = self.device
+        if self._is_hidden(index, offset, width):
+            return b"\xff" * width
+        if index in device.memories:
+            return bytes(device.memories[index].view[offset : offset + width])
+        return device.handle_read(index, offset, width).to_bytes(width, "little")
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Write bytes; what is not an aligned access becomes the widest aligned ones that fit.
+
+        Raises:
+            AddressRangeError: outside of the region.
+            DeviceGoneError: memory decode is off, or the function is in D3hot.
+        """
+        size = len(data)
+        limit = self._registers.get(index)
+        if (
+            limit is not None
+            and self._usable
+            and size in _ALIGNED
+            and 0 <= offset <= limit - size
+            and not offset & size - 1
+            and self.device.config.memory_enabled
+        ):
+            self.device.handle_write(index, offset, size, int.from_bytes(data, "little"))
+        else:
+            self._write_carefully(index, offset, data)
+
+    def _write_carefully(self, index: int, offset: int, data: bytes) -> None:
+        self.check_open()
+        if index == RegionIndex.CONFIG:
+            self._check_range(index, self.device.config.size, offset, len(data))
+            with self.device.lock:
+                self._config.write(offset, data)
+            return
+        self._check_bar(index, offset, len(data))
+        for at, width in _pieces(offset, len(data)):
+            self._write_piece(index, at, data[at - offset : at - offset + width])
+
+    def _write_piece(self, index: int, offset: int, data: bytes) -> None:
+        device, width = self.device, len(data)
+        if self._is_hidden(index, offset, width):
+            return
+        if index in device.memories:
+            device.memories[index].view[offset : offset + width] = data
+        else:
+            device.handle_write(index, offset, width, int.from_bytes(data, "little"))
+
+    def _check_bar(self, index: int, offset: int, size: int) -> None:
+        bar = self.device.bars.get(index)
+        self._check_range(index, bar.size if bar else 0, offset, size)
+        if not self.device.config.memory_enabled:
+            raise DeviceGoneError(
+                f"BAR {index} does not answer: memory decode is off or the function is not in D0",
+                errno=errno.EIO,
+                object=self.name,
+                hint="set bit 1 of the command register (device.memory_enabled = True)",
+            )
+
+    def _check_range(self, index: int, region: int, offset: int, size: int) -> None:
+        if not region:
+            raise AddressRangeError(f"the device has no {region_name(index)}", object=self.name)
+        if offset < 0 or size < 0 or offset + size > region:
+            raise AddressRangeError(
+                f"{region_name(index)}, offset {offset:#x}, {size} bytes: outside of its {region:#x} bytes",
+                object=self.name,
+            )
+
+    def _msix_areas(self) -> dict[int, range]:
+        """Where the MSI-X table lies: vfio-pci owns it; it reads as ones and does not take writes."""
+        found = self.device.config.find(MsiX)
+        if found is None:
+            return {}
+        table = found[0]
+        return {table.table_bar: range(table.table_offset, table.table_offset + table.table_size)}
+
+    def _is_hidden(self, index: int, offset: int, width: int) -> bool:
+        area = self._hidden.get(index)
+        return area is not None and offset < area.stop and area.start < offset + width
+
+    def map_region(self, index: int, offset: int, size: int) -> Window:
+        """Map a part of a BAR that is shared memory. With memory decode off, touching it is a SIGBUS.
+
+        Raises:
+            NotSupportedError: the region has handlers: there is nothing to map.
+            AddressRangeError: outside of the region.
+            AlignmentError: not whole pages.
+        """
+        self.check_open()
+        memory = self.device.memories.get(index)
+        if memory is None:
+            raise NotSupportedError(
+                f"{region_name(index)} is served by code and cannot be mapped",
+                object=self.name,
+                hint="use its read and write methods; region_info().flags says MMAP where a region can be mapped",
+            )
+        self._check_range(index, memory.size, offset, size)
+        window = MemoryWindow(memory, offset, size)
+        with self.device.lock:
+            self._windows[:] = [old for old in self._windows if old] + [window]
+            window.show(self.device.config.memory_enabled)
+        return window
+
+    # --- the rest ------------------------------------------------------------------------------------------------
+
+    def set_irqs(
+        self,
+        index: int,
+        action: IrqAction,
+        start: int,
+        count: int,
+        *,
+        fds: Sequence[int] | None = None,
+        bools: Sequence[bool] | None = None,
+    ) -> None:
+        """VFIO_DEVICE_SET_IRQS: see :meth:`IrqTable.set`."""
+        self.check_open()
+        self._irqs.set(IrqRequest(index, action, start, count, fds, bools))
+
+    def reset(self) -> None:
+        """Reset the function; configuration space stays, as the kernel saves and restores it.
+
+        Raises:
+            NotSupportedError: (EINVAL) it has no function reset.
+        """
+        self.check_open()
+        if not self.device.has_function_reset:
+            raise NotSupportedError(
+                "the device has no function reset",
+                errno=errno.EINVAL,
+                object=self.name,
+                call="VFIO_DEVICE_RESET",
+                hint="closing and opening an emulated device is a power cycle",
+            )
+        self.device.function_reset()
+
+    def feature(self, number: int, operation: int, data: bytes) -> bytes:  # noqa: ARG002
+        """VFIO_DEVICE_FEATURE: there are none.
+
+        Raises:
+            NotSupportedError: (ENOTTY) always.
+        """
+        self.check_open()
+        raise NotSupportedError(
+            f"the device does not have feature {number}",
+            errno=errno.ENOTTY,
+            object=self.name,
+            call="VFIO_DEVICE_FEATURE",
+        )
+
+
+@cache
+def _watch_forks() -> None:
+    """Have forked children find their parent's devices unusable: cheaper than a getpid() with each access."""
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _after_fork() -> None:
+    for io in _users:
+        io._usable = False
+
+
+def _follow(device: PciDevice, irqs: IrqTable, windows: list[MemoryWindow]) -> Callable[[], None]:
+    """Return what follows a change of configuration space.
+
+    It knows nothing of the DeviceIo: the device's thread must not keep alive what its user has dropped.
+    """
+
+    def config_changed() -> None:
+        irqs.config_changed()
+        for window in windows:
+            window.show(device.config.memory_enabled)
+
+    return config_changed
+
+
+def _pieces(offset: int, size: int) -> list[tuple[int, int]]:
+    """Cut a range into aligned accesses of 8, 4, 2 and 1 bytes, as vfio-pci does."""
+    pieces = []
+    end = offset + size
+    while offset < end:
+        width = next(w for w in _WIDTHS if not offset % w and offset + w <= end)
+        pieces.append((offset, width))
+        offset += width
+    return pieces

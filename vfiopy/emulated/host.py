@@ -1,0 +1,259 @@
+"""The machine around an emulated device in this process: its memory through the book, its interrupts as eventfds."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from vfiopy.backend import (
+    DeviceWindow,
+    FileMemory,
+    IovaRange,
+    IrqIndex,
+    KernelTarget,
+    MapperTraits,
+    Memory,
+    MemoryKind,
+    Prot,
+)
+from vfiopy.emulated.irqs import IrqTable
+from vfiopy.emulated.pci_device import PciDevice
+from vfiopy.emulated.records import Fault
+from vfiopy.errors import MemoryKindError, NotMappedError, VfioError
+from vfiopy.mmio import Region
+
+if TYPE_CHECKING:
+    from vfiopy.iova import IovaSpace
+
+__all__ = ["EmulatedHost", "EmulatedMapper"]
+
+# What a PC with an Intel vIOMMU in QEMU has: 48 bits but for the window of the local APICs (seen in the lab).
+_RANGES = (IovaRange(0, 0xFEDF_FFFF), IovaRange(0xFEF0_0000, (1 << 48) - 1))
+_PAGE_SIZES = 1 << 12 | 1 << 21 | 1 << 30
+
+
+class _PeerGoneError(VfioError):
+    """Another device's BAR stopped answering while it was written."""
+
+
+class EmulatedMapper:
+    """The mapper of an emulated device: there is nothing to map, the device looks into the book of its space.
+
+    Implements :class:`vfiopy.backend.BookReader`.
+    """
+
+    adopted = False
+
+    def __init__(self, name: str) -> None:
+        self._name = f"book of {name}"
+        self.book: IovaSpace | None = None
+        self._on_book: list[Callable[[IovaSpace | None], None]] = []
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self._name
+
+    @property
+    def kernel_target(self) -> KernelTarget | None:
+        """None: no kernel is involved."""
+        return None
+
+    def traits(self) -> MapperTraits:
+        """Pages as of an x86 IOMMU, any number of mappings, any memory of this process."""
+        return MapperTraits(_PAGE_SIZES, 0, frozenset({MemoryKind.HOST, MemoryKind.FILE, MemoryKind.MMIO}))
+
+    def ranges(self) -> list[IovaRange]:
+        """Usable IOVA ranges."""
+        return list(_RANGES)
+
+    def attach_book(self, book: IovaSpace) -> None:
+        """Take the book of the space that the device joins."""
+        self.book = book
+        for callback in self._on_book:
+            callback(book)
+
+    def on_book(self, callback: Callable[[IovaSpace | None], None]) -> None:
+        """Have ``callback`` called with the book when there is one, and with None when it is taken away."""
+        self._on_book.append(callback)
+        if self.book is not None:
+            callback(self.book)
+
+    def map(self, iova: int, memory: Memory, prot: Prot) -> None:
+        """Nothing to do."""
+
+    def unmap(self, iova: int, size: int) -> int:  # noqa: ARG002
+        """Nothing to do."""
+        return size
+
+    def close(self) -> None:
+        """Let the book go. Idempotent."""
+        if self.book is not None:
+            self.book = None
+            for callback in self._on_book:
+                callback(None)
+        self._on_book.clear()  # they keep the device alive
+
+
+class EmulatedHost:
+    """What the device sees: implements :class:`vfiopy.backend.Host`.
+
+    DMA is a copy between Python objects and the memory that the book names, which is pinned meanwhile: an unmap waits
+    for it or is refused, so that no memory goes away under a copy.
+
+    Threads: any.
+    """
+
+    def __init__(self, device: PciDevice, mapper: EmulatedMapper, irqs: IrqTable) -> None:
+        self._device = device
+        self._irqs = irqs
+        self._book: IovaSpace | None = None
+        self._owner = 0
+        self._callbacks: list[Callable[[int, int], None]] = []
+        mapper.on_book(self._use_book)
+
+    def _use_book(self, book: IovaSpace | None) -> None:
+        if self._book is not None:
+            self._book.remove_owner(self._owner)
+        self._book = book
+        if book is not None:
+            self._owner = book.add_owner(f"emulated:{self._device.name}", self._unmapping)
+
+    def _unmapping(self, iova: int, size: int) -> None:
+        for callback in self._callbacks:
+            callback(iova, size)
+
+    def on_unmap(self, callback: Callable[[int, int], None]) -> None:
+        """Have ``callback(iova, size)`` called before a mapping goes that this device holds pins in."""
+        self._callbacks.append(callback)
+
+    # --- DMA -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def access(self, iova: int, size: int, prot: Prot) -> Iterator[list[memoryview]]:
+        """Pin a range for the length of a ``with`` block and yield views of it, in order; read-only without WRITE.
+
+        The views end with the block. Do nothing slow inside it.
+
+        Raises:
+            NotMappedError: not all of it is mapped with this protection; the device's ``faults`` has it.
+        """
+        book = self._book
+        if book is None:
+            raise self._fault(iova, size, prot, "the device is in no address space")
+        if not size:
+            yield []
+            return
+        if iova + size > 1 << 64:
+            raise self._fault(iova, size, prot, "the range reaches beyond the 64-bit address space")
+        try:
+            with ExitStack() as stack:
+                try:
+                    book.pin(iova, size, prot, self._owner, peer=True)
+                    stack.callback(book.unpin, iova, size, self._owner)
+                    views = [
+                        stack.enter_context(_view(address, length, memory, prot))
+                        for address, length, memory in book.check(iova, size, prot)
+                    ]
+                except VfioError as error:
+                    # Not mapped, not so, going away, a BAR that nobody mapped: to an IOMMU it is all the same.
+                    raise self._fault(iova, size, prot, error.meaning) from error
+                yield views
+        except _PeerGoneError as error:
+            raise self._fault(iova, size, prot, error.meaning) from error
+
+    def _fault(self, iova: int, size: int, prot: Prot, reason: str) -> NotMappedError:
+        self._device.record_fault(Fault(iova, size, Prot.WRITE in prot, reason))
+        return NotMappedError(
+            f"DMA of {size:#x} bytes at IOVA {iova:#x} faults: {reason}",
+            object=f"emulated:{self._device.name}",
+        )
+
+    def read(self, iova: int, size: int) -> bytes:
+        """DMA read: memory to device; raises as :meth:`access` does."""
+        with self.access(iova, size, Prot.READ) as views:
+            return b"".join(views)
+
+    def write(self, iova: int, data: bytes) -> None:
+        """DMA write: device to memory; raises as :meth:`access` does, and then has written nothing."""
+        with self.access(iova, len(data), Prot.WRITE) as views:
+            done = 0
+            for view in views:
+                view[:] = data[done : done + len(view)]
+                done += len(view)
+
+    # --- interrupts ----------------------------------------------------------------------------------------------
+
+    def trigger(self, index: IrqIndex, vector: int = 0) -> None:
+        """Send an MSI or MSI-X message, or assert INTx."""
+        self._irqs.trigger(index, vector)
+
+    def deassert(self) -> None:
+        """Take INTx back."""
+        self._irqs.deassert()
+
+
+def _view(address: int, length: int, memory: object, prot: Prot) -> AbstractContextManager[memoryview]:
+    """Give a view of a part of a mapping that ends with the block.
+
+    Args:
+        address: of the part; where the memory has none in this process, the offset of the part in it.
+        length: bytes.
+        memory: what is mapped.
+        prot: read-only without WRITE.
+    """
+    if isinstance(memory, DeviceWindow):
+        if not memory.address:
+            raise MemoryKindError(
+                "a BAR that this process has not mapped is out of reach for a device that is software"
+            )
+        return _bar_view(address, length, prot)
+    if isinstance(memory, FileMemory) and not memory.address:
+        return _file_view(memory.fd, memory.offset + address, length, prot)
+    return _memory_view(address, length, prot)
+
+
+@contextmanager
+def _memory_view(address: int, length: int, prot: Prot) -> Iterator[memoryview]:
+    whole = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+    with whole if Prot.WRITE in prot else whole.toreadonly() as view:
+        yield view
+
+
+@contextmanager
+def _file_view(fd: int, offset: int, length: int, prot: Prot) -> Iterator[memoryview]:
+    skip = offset % mmap.ALLOCATIONGRANULARITY
+    access = mmap.ACCESS_WRITE if Prot.WRITE in prot else mmap.ACCESS_READ
+    with (
+        mmap.mmap(fd, skip + length, access=access, offset=offset - skip) as mapped,
+        memoryview(mapped) as whole,
+        whole[skip:] as view,
+    ):
+        yield view
+
+
+@contextmanager
+def _bar_view(address: int, length: int, prot: Prot) -> Iterator[memoryview]:
+    """Copy to and fro: registers take accesses of a width, and a BAR that goes away must not end the process."""
+    width = 4 if address % 4 == length % 4 == 0 else 1
+    skip = address % 8  # a region wants offsets and addresses aligned alike
+    region = Region("peer's BAR", skip + length, [(skip, address, length)])
+    try:
+        reads = Prot.READ in prot
+        copy = bytearray(region.read_block(skip, length // width, width)) if reads else bytearray(length)
+        with memoryview(copy) as whole:
+            yield whole if Prot.WRITE in prot else whole.toreadonly()
+        if Prot.WRITE in prot:
+            _write_back(region, skip, copy, width)
+    finally:
+        region.close()
+
+
+def _write_back(region: Region, offset: int, data: bytearray, width: int) -> None:
+    try:
+        region.write_block(offset, data, width)
+    except VfioError as error:
+        raise _PeerGoneError(error.meaning) from error
