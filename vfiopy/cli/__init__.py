@@ -1,0 +1,1 @@
+"""The command line: ``vfiopy`` and ``python -m vfiopy``."""

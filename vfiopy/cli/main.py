@@ -1,0 +1,19 @@
+"""The commands, and what to say where the packages that they need are missing."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; exits with 0 for success, 1 when something failed, 2 for bad usage."""
+    try:
+        from vfiopy.cli.app import app  # noqa: PLC0415  typer and rich are an extra
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich", "click"):
+            raise
+        sys.stderr.write(f"the command line needs {error.name}: pip install 'vfiopy[cli]'\n")
+        raise SystemExit(2) from None
+    app()

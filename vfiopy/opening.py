@@ -1,0 +1,115 @@
+"""``open()``: from what a user names to a :class:`~vfiopy.device.Device`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+from uuid import UUID
+
+from vfiopy.backend import DeviceIo, Mapper
+from vfiopy.device import Device
+from vfiopy.dma import AddressSpace
+from vfiopy.errors import DeviceNotFoundError, NotSupportedError
+
+if TYPE_CHECKING:
+    from vfiopy.emulated import PciDevice
+    from vfiopy.pci import Function, PciAddress
+
+__all__ = ["open"]
+
+
+def open(  # noqa: A001  the word that users expect, as vfiopy.open
+    target: str | PciAddress | Function | PciDevice,
+    *,
+    backend: str | None = None,
+    space: AddressSpace | None = None,
+    vf_token: UUID | None = None,
+    noiommu: bool = False,
+    device_fd: int | None = None,
+    map_msix: bool = False,
+) -> Device:
+    """Open a device. Changes nothing on it: bus mastering stays off until you say so.
+
+    Args:
+        target: a PCI address (``"0000:00:05.0"``) that is bound to vfio-pci, a function from :func:`vfiopy.find`,
+            ``"emulated:edu"``, or an emulated device object.
+        backend: ``"iommufd"``, ``"type1v2"``, ``"type1"``, ``"iommufd-compat-type1v2"``, ``"iommufd-compat-type1"``;
+            None takes iommufd where kernel and device offer it, else ``"type1v2"``. An emulated device has none
+            of these.
+        space: the address space to put the device into; None makes one for it alone, which ends with the device.
+        vf_token: the token that a virtual function and its physical function share (linux/vfio.h,
+            VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
+        noiommu: allow a device without an IOMMU. It can then write any memory of the machine; MAP_DMA does not exist.
+        device_fd: an open VFIO device fd from a privileged launcher, instead of opening one.
+        map_msix: map the pages of the MSI-X table too, to look at them; vfio-pci owns the table.
+
+    Raises:
+        DeviceNotFoundError: no such function.
+        NotBoundError, NotViableError, PermissionDeniedError, BusyError: with what to do about it.
+        NotSupportedError: no such backend, or an argument that means nothing for an emulated device.
+    """
+    made_space = space is None
+    room = AddressSpace(_name_of(target)) if space is None else space
+    try:
+        io, mapper = _connect(target, backend, room, vf_token, noiommu, device_fd)
+        try:
+            return Device(io, mapper, room, owns_space=made_space, map_msix=map_msix)
+        except BaseException:
+            io.close()
+            if mapper not in room.mappers:
+                mapper.close()
+            raise
+    except BaseException:
+        if made_space:
+            room.close()
+        raise
+
+
+def _connect(
+    target: str | PciAddress | Function | PciDevice,
+    backend: str | None,
+    space: AddressSpace,
+    vf_token: UUID | None,
+    noiommu: bool,
+    device_fd: int | None,
+) -> tuple[DeviceIo, Mapper]:
+    # Each way to a device is imported when it is first asked for: an emulated device needs no ioctl layer.
+    from vfiopy import emulated  # noqa: PLC0415
+
+    name = _name_of(target)
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme == "emulated":
+        kernel_only = {"backend": backend, "vf_token": vf_token, "device_fd": device_fd}
+        for argument, value in kernel_only.items():
+            if value is not None:
+                raise NotSupportedError(
+                    f"{argument}={value!r} means nothing for an emulated device: no kernel is involved",
+                    object=name,
+                    hint=f"leave {argument} out",
+                )
+        return emulated.connect(rest if isinstance(target, str) else cast("PciDevice", target))
+    if colon and not _is_hex(scheme):
+        raise DeviceNotFoundError(
+            f"'{scheme}:' is not a way to reach a device",
+            object=name,
+            hint="give a PCI address such as 0000:00:05.0, or emulated:edu",
+        )
+    from vfiopy import kernel  # noqa: PLC0415
+
+    return kernel.connect(
+        name,
+        backend=backend,
+        mappers=space.mappers,
+        vf_token=vf_token,
+        noiommu=noiommu,
+        device_fd=device_fd,
+    )
+
+
+def _name_of(target: str | PciAddress | Function | PciDevice) -> str:
+    from vfiopy import emulated  # noqa: PLC0415
+
+    return f"emulated:{target.name}" if isinstance(target, emulated.PciDevice) else str(target)
+
+
+def _is_hex(text: str) -> bool:
+    return bool(text) and all(character in "0123456789abcdefABCDEF" for character in text)
