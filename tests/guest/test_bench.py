@@ -1,0 +1,35 @@
+"""tools/bench on the lab's devices: that all of it runs and says what was measured; the figures are TCG's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TREE = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["dma_map", "irq"])
+def test_a_smoke_test_of_each_benchmark(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(TREE / "tools" / "bench"), name, "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert results["machine"]["virtualization"] in ("TCG", "KVM")
+    groups: dict[str, list[dict[str, object]]] = {}
+    for row in results["benchmarks"][name]:
+        groups.setdefault(row["group"], []).append(row)
+    wanted = {
+        "dma_map": [f"{backend}, {size}" for backend in ("type1v2", "iommufd") for size in ("4 KiB", "64 x 4 KiB")],
+        "irq": ["edu, MSI, raised by register", "82576 (igb), MSI-X, cause set by register"],
+    }
+    assert set(wanted[name]) <= set(groups)
+    for rows in groups.values():
+        assert [row["name"] for row in rows if row["baseline"]] == [rows[0]["name"]]
+        assert str(rows[0]["name"]).startswith("C: ")
+        assert any(row["goal"] is not None for row in rows)
+        assert all(float(str(row["value"])) > 0 for row in rows)
