@@ -1,0 +1,235 @@
+"""tools/test: everything that proves vfiopy, from a fresh clone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tools._lab.kernel import cached_kernel
+from tools._lab.machines import DEFAULT, MACHINES, Machine
+
+from .environment import PYTHON, ensure_build, ensure_environment
+from .packages import BUILD, CROSS, KERNEL, NATIVE, ensure_packages
+from .report import TREE, SetupError, say, step
+from .results import Results
+
+__all__ = ["main"]
+
+PARTS = ("lint", "native", "unit", "uapi", "guest")
+RESULTS = TREE / "build" / "results"
+LAB = TREE / "tools" / "lab"
+TOOLS = ("-p", "tools._bench", "-p", "tools._lab", "-p", "tools._setup", "-p", "tools._uapi")
+PURE_C = ("iova", "region")
+SLOW_TEST_SECONDS = 900
+NIGHTLY_SECONDS = 7200
+FUZZ_SECONDS = 20
+FUZZ_SECONDS_NIGHTLY = 900
+
+EPILOG = """
+parts, in this order (default: all of them):
+  lint     ruff, and mypy in strict mode
+  native   C tests, with sanitizers, and cross-compiled for arm64 under qemu-user; a short fuzz run
+  unit     tests/unit: no privileges, no hardware
+  uapi     the generated constants against the headers of the lab's kernel
+  guest    tests/guest in the lab's machines (docs/lab.md); builds the kernel the first time
+  nightly  all of the above with the long profile, and the machines with other kernels
+"""
+
+
+class Run:
+    """One invocation."""
+
+    def __init__(self, *, nightly: bool) -> None:
+        """``nightly`` chooses the long profile."""
+        self.results = Results()
+        self.nightly = nightly
+        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._kernel: subprocess.Popen[bytes] | None = None
+        self._kernel_log = RESULTS / "kernel.log"
+
+    def _command(self, *words: str | Path, **environment: str) -> int:
+        """Run a command, its output going where ours goes."""
+        command = [str(word) for word in words]
+        return subprocess.run(
+            command, cwd=TREE, env={**self._environment, **environment}, stdin=subprocess.DEVNULL, check=False
+        ).returncode
+
+    def _check(self, name: str, *words: str | Path) -> bool:
+        started = time.monotonic()
+        say(f"{name}: {' '.join(str(word) for word in words)}")
+        status = self._command(*words)
+        note = f"exit status {status}" if status else ""
+        self.results.check(name, status == 0, time.monotonic() - started, note)
+        return status == 0
+
+    def start_kernel(self) -> None:
+        """Build kernel and fetch QEMU beside the other parts, unless they are there."""
+        self._kernel_log.parent.mkdir(parents=True, exist_ok=True)
+        say(f"preparing the lab in the background, log: {self._kernel_log.relative_to(TREE)}")
+        with self._kernel_log.open("wb") as log:
+            self._kernel = subprocess.Popen(
+                [sys.executable, str(LAB), "prepare"],
+                cwd=TREE,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_for_kernel(self) -> None:
+        """Wait for it, showing how far it is.
+
+        Raises :class:`SetupError` if it failed.
+        """
+        if self._kernel is None:
+            return
+        shown = 0
+        while True:
+            ended = self._kernel.poll() is not None
+            text = self._kernel_log.read_text(errors="replace")
+            if len(text) > shown:
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+            if ended:
+                break
+            time.sleep(1.0)
+        if self._kernel.returncode:
+            raise SetupError("the lab could not be prepared (see above)")
+
+    def stop(self) -> None:
+        """End what still runs in the background."""
+        if self._kernel is not None and self._kernel.poll() is None:
+            self._kernel.terminate()
+            self._kernel.wait()
+
+    def lint(self) -> None:
+        """Style and types."""
+        self._check("ruff", PYTHON, "-m", "ruff", "check", "--no-cache", ".")
+        self._check("mypy vfiopy", PYTHON, "-m", "mypy")
+        self._check("mypy tools", PYTHON, "-m", "mypy", *TOOLS)
+
+    def native(self) -> None:
+        """C tests as the Makefile of native/tests has them."""
+        folder = TREE / "native" / "tests"
+        targets = ["check", "asan", "tsan", "arm64"] if (folder / "Makefile").exists() else []
+        for target in targets:
+            known = subprocess.run(
+                ["make", "-C", folder, "-n", target],
+                capture_output=True,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+            if known.returncode == 0:
+                self._check(f"native {target}", "make", "-C", folder, target)
+        seconds = FUZZ_SECONDS_NIGHTLY if self.nightly else FUZZ_SECONDS
+        self._check("native fuzz", "make", "-C", TREE / "native" / "fuzz", "run", f"SECONDS={seconds}")
+        if platform.machine() == "x86_64":
+            sources = sorted(path for name in PURE_C for path in (TREE / "native" / name).glob("*.c"))
+            flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-Inative"]
+            if sources:
+                self._check("compiles for arm64", "aarch64-linux-gnu-gcc", *flags, *sources)
+
+    def _pytest(self, name: str, *words: str | Path, long: bool = True) -> None:
+        """Run one suite; nightly with the long profile, unless not ``long``."""
+        junit = RESULTS / f"{name.replace(' ', '-')}.xml"
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        junit.unlink(missing_ok=True)
+        say(f"{name} tests")
+        started = time.monotonic()
+        if self.nightly and long:
+            patience = ("-o", f"timeout={SLOW_TEST_SECONDS}")
+            status = self._command(*words, f"--junit-xml={junit}", *patience, VFIOPY_PROFILE="nightly")
+        else:
+            status = self._command(*words, f"--junit-xml={junit}", "-m", "not nightly")
+        self.results.suite(name, junit, status, time.monotonic() - started)
+
+    def unit(self) -> None:
+        """Tests that need nothing."""
+        self._pytest("unit", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit")
+
+    def uapi(self) -> None:
+        """Generated constants against the real headers."""
+        self.wait_for_kernel()
+        kernel = cached_kernel("lab")
+        if kernel and kernel.headers:
+            self._environment["VFIOPY_LAB_HEADERS"] = str(kernel.headers)
+        self._check("uapi", PYTHON, "tools/uapi", "--check")
+        # in the unit part these are left out where the kernel was not built yet
+        self._pytest("uapi headers", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit/test_uapi.py")
+
+    def guest(self) -> None:
+        """Tests on a real kernel, machine by machine."""
+        self.wait_for_kernel()
+        for machine in MACHINES.values():
+            if self.nightly or not machine.nightly:
+                self._guest(machine)
+
+    def _guest(self, machine: Machine) -> None:
+        command: list[str | Path] = [sys.executable, LAB, "pytest", "--machine", machine.name, "-q"]
+        if machine.slowness > 1:
+            command += ["-o", f"timeout={SLOW_TEST_SECONDS}"]
+        if self.nightly:
+            command.append(f"--time-limit={NIGHTLY_SECONDS}")
+        # the long profile once is enough; the other kernels are slow, or there for what they lack
+        self._pytest(f"guest {machine.name}", *command, long=machine is DEFAULT)
+
+
+def _prepare(parts: Sequence[str], run: Run) -> None:
+    """Packages, kernel (in the background), virtual environment, extensions."""
+    needs = [BUILD]
+    if "native" in parts:
+        needs += [NATIVE, CROSS]
+    lab = bool({"uapi", "guest"} & set(parts))
+    if lab and (run.nightly or cached_kernel("lab") is None):
+        needs.append(KERNEL)
+    with step("system packages"):
+        ensure_packages(*needs)
+    if lab:
+        run.start_kernel()
+    with step("virtual environment"):
+        ensure_environment("dev")
+    with step("extensions"):
+        ensure_build()
+
+
+def main() -> int:
+    """Run; the exit status is 0 if everything passed."""
+    parser = argparse.ArgumentParser(
+        prog="tools/test", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join((*PARTS, "nightly")))
+    options = parser.parse_args()
+    if unknown := set(options.parts) - {*PARTS, "nightly"}:
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    nightly = "nightly" in options.parts
+    parts = [part for part in PARTS if part in options.parts or options.parts in ([], ["nightly"])]
+    if platform.machine() != "x86_64" and {"uapi", "guest"} & set(parts):
+        say(f"the lab's guest is x86-64, this machine is {platform.machine()}: leaving out uapi and guest")
+        parts = [part for part in parts if part not in ("uapi", "guest")]
+
+    started = time.monotonic()
+    run = Run(nightly=nightly)
+    try:
+        _prepare(parts, run)
+        for part in parts:
+            method: Callable[[], None] = getattr(run, part)
+            method()
+    except SetupError as error:
+        print(f"tools/test: {error}", file=sys.stderr)
+        run.results.check("set-up", ok=False, seconds=time.monotonic() - started)
+    except KeyboardInterrupt:
+        print("tools/test: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        run.stop()
+    print(run.results.summary(time.monotonic() - started), flush=True)
+    return 0 if run.results.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
