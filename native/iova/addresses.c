@@ -6,22 +6,6 @@
  */
 #include "mappers.h"
 
-int vfiopy_lose_address_in(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping,
-                           struct vfiopy_failure *failure)
-{
-    failure->error = mapper->ops->lose_address(mapper, mapping, &failure->call);
-    failure->mapper = mapper->token;
-    return failure->error ? vfiopy_fail_at(failure, VFIOPY_KERNEL, mapping) : VFIOPY_OK;
-}
-
-int vfiopy_set_address_in(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping,
-                          struct vfiopy_failure *failure)
-{
-    failure->error = mapper->ops->set_address(mapper, mapping, &failure->call);
-    failure->mapper = mapper->token;
-    return failure->error ? vfiopy_fail_at(failure, VFIOPY_KERNEL, mapping) : VFIOPY_OK;
-}
-
 /* Do `how` in every mapper that has the mapping, or undo it with `back`. With the lock, which is let go meanwhile. */
 static int in_all(struct vfiopy_space *space, struct vfiopy_mapping *mapping, vfiopy_mapper_call how,
                   vfiopy_mapper_call back, struct vfiopy_failure *failure)

@@ -43,6 +43,22 @@ static struct vfiopy_range range_of(const struct vfiopy_mapping *mapping)
     return (struct vfiopy_range){mapping->iova.first, mapping->iova.last};
 }
 
+int vfiopy_lose_address_in(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping,
+                           struct vfiopy_failure *failure)
+{
+    failure->error = mapper->ops->lose_address(mapper, mapping, &failure->call);
+    failure->mapper = mapper->token;
+    return failure->error ? vfiopy_fail_at(failure, VFIOPY_KERNEL, mapping) : VFIOPY_OK;
+}
+
+int vfiopy_set_address_in(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping,
+                          struct vfiopy_failure *failure)
+{
+    failure->error = mapper->ops->set_address(mapper, mapping, &failure->call);
+    failure->mapper = mapper->token;
+    return failure->error ? vfiopy_fail_at(failure, VFIOPY_KERNEL, mapping) : VFIOPY_OK;
+}
+
 int vfiopy_map_in(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping,
                   struct vfiopy_failure *failure)
 {
