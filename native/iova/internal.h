@@ -126,6 +126,7 @@ static inline void vfiopy_set_state(struct vfiopy_space *space, struct vfiopy_ma
     space->states[state]++;
 }
 
+/* lock.c */
 void vfiopy_lock(struct vfiopy_space *space);
 void vfiopy_unlock(struct vfiopy_space *space);
 /* Wait for any change; the lock is let go meanwhile. */
@@ -136,11 +137,15 @@ static inline void vfiopy_changed(struct vfiopy_space *space)
         pthread_cond_broadcast(&space->changed);
 }
 
-/* Say in `failure` what is in the way; return `result`. */
+/* A closing mapping lost its last pin: tell who waits for it. With the lock. */
+void vfiopy_pins_gone(struct vfiopy_space *space, const struct vfiopy_mapping *mapping);
+
+/* failure.c: say in `failure` what is in the way; return `result`. */
 int vfiopy_fail(struct vfiopy_failure *failure, enum vfiopy_result result);
 int vfiopy_fail_at(struct vfiopy_failure *failure, enum vfiopy_result result, const struct vfiopy_mapping *clash);
 int vfiopy_fail_range(struct vfiopy_failure *failure, enum vfiopy_result result, struct vfiopy_range clash);
 
+/* look.c; with the lock */
 void vfiopy_fill_view(const struct vfiopy_space *space, const struct vfiopy_mapping *mapping,
                       struct vfiopy_view *view);
 
@@ -148,7 +153,7 @@ void vfiopy_fill_view(const struct vfiopy_space *space, const struct vfiopy_mapp
 int vfiopy_views_add(const struct vfiopy_space *space, const struct vfiopy_mapping *mapping,
                      struct vfiopy_views *views);
 
-/* Erase a mapping (its mappers no longer have it) and hand it over. With the lock. */
+/* gone.c; with the lock: erase a mapping (its mappers no longer have it) and hand it over. */
 void vfiopy_erase(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_gone *gone);
 
 /* geometry.c */
@@ -169,8 +174,6 @@ int vfiopy_mappers_resync(struct vfiopy_space *space, struct vfiopy_mapping *map
 /* pins.c and owners.c; with the lock */
 uint64_t vfiopy_pins_of(const struct vfiopy_mapping *mapping);
 void vfiopy_pins_free(struct vfiopy_space *space, struct vfiopy_mapping *mapping);
-/* A closing mapping lost its last pin: tell who waits for it. */
-void vfiopy_pins_gone(struct vfiopy_space *space, const struct vfiopy_mapping *mapping);
 /* How many owners have pins; and what they are to be told (the number of notices, at most that many). */
 size_t vfiopy_pins_owners(const struct vfiopy_mapping *mapping);
 size_t vfiopy_pins_notices(const struct vfiopy_space *space, const struct vfiopy_mapping *mapping,

@@ -1,6 +1,5 @@
 /* Waiting for pins to go, with a condition or with an eventfd. */
 #include <time.h>
-#include <unistd.h>
 
 #include "internal.h"
 
@@ -68,16 +67,4 @@ void vfiopy_unmap_unwatch(struct vfiopy_space *space, struct vfiopy_unmap *unmap
     if (*at)
         *at = unmap->next_watched;
     vfiopy_unlock(space);
-}
-
-void vfiopy_pins_gone(struct vfiopy_space *space, const struct vfiopy_mapping *mapping)
-{
-    const uint64_t one = 1;
-
-    vfiopy_changed(space);
-    for (const struct vfiopy_unmap *unmap = space->watched; unmap; unmap = unmap->next_watched) {
-        /* It does not block, and a counter that is full says the same as one that is not. */
-        if (unmap->id == mapping->unmap_id && write(unmap->eventfd, &one, sizeof(one)) < 0)
-            continue;
-    }
 }

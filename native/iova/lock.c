@@ -1,0 +1,33 @@
+/* The lock of a book, and who waits for a change in it. */
+#include <unistd.h>
+
+#include "internal.h"
+
+void vfiopy_lock(struct vfiopy_space *space)
+{
+    pthread_mutex_lock(&space->lock);
+}
+
+void vfiopy_unlock(struct vfiopy_space *space)
+{
+    pthread_mutex_unlock(&space->lock);
+}
+
+void vfiopy_wait(struct vfiopy_space *space)
+{
+    space->waiters++;
+    pthread_cond_wait(&space->changed, &space->lock);
+    space->waiters--;
+}
+
+void vfiopy_pins_gone(struct vfiopy_space *space, const struct vfiopy_mapping *mapping)
+{
+    const uint64_t one = 1;
+
+    vfiopy_changed(space);
+    for (const struct vfiopy_unmap *unmap = space->watched; unmap; unmap = unmap->next_watched) {
+        /* It does not block, and a counter that is full says the same as one that is not. */
+        if (unmap->id == mapping->unmap_id && write(unmap->eventfd, &one, sizeof(one)) < 0)
+            continue;
+    }
+}
