@@ -1,4 +1,4 @@
-/* Arguments of IovaSpace's methods, and its errors. */
+/* Arguments of IovaSpace's methods. */
 #include <math.h>
 
 #include "ext/iova_object.h"
@@ -181,86 +181,4 @@ int vfiopy_get_timeout(PyObject *value, double *out)
         return -1;
     }
     return 0;
-}
-
-/* --- errors -------------------------------------------------------------------------------------------------- */
-
-static const char *const result_names[] = {
-    [VFIOPY_OK] = "ok",
-    [VFIOPY_NO_MEMORY] = "no_memory",
-    [VFIOPY_BAD_SIZE] = "bad_size",
-    [VFIOPY_BAD_PROT] = "bad_prot",
-    [VFIOPY_BAD_ALIGNMENT] = "bad_alignment",
-    [VFIOPY_BAD_RANGES] = "bad_ranges",
-    [VFIOPY_BAD_KIND] = "bad_kind",
-    [VFIOPY_OVERLAP] = "overlap",
-    [VFIOPY_BUSY] = "busy",
-    [VFIOPY_OUTSIDE] = "outside",
-    [VFIOPY_EXCLUDED] = "excluded",
-    [VFIOPY_OVER_LIMIT] = "over_limit",
-    [VFIOPY_NO_SPACE] = "no_space",
-    [VFIOPY_TOO_MANY] = "too_many",
-    [VFIOPY_NOT_MAPPED] = "not_mapped",
-    [VFIOPY_CUTS] = "cuts",
-    [VFIOPY_NO_ACCESS] = "no_access",
-    [VFIOPY_PINNED] = "pinned",
-    [VFIOPY_IS_UNMAPPING] = "is_unmapping",
-    [VFIOPY_NOT_BEGUN] = "not_begun",
-    [VFIOPY_NOT_PINNED] = "not_pinned",
-    [VFIOPY_TOO_MANY_PINS] = "too_many_pins",
-    [VFIOPY_NO_OWNER] = "no_owner",
-    [VFIOPY_OWNER_HOLDS] = "owner_holds",
-    [VFIOPY_NO_MAPPER] = "no_mapper",
-    [VFIOPY_KERNEL] = "kernel",
-    [VFIOPY_SHORT] = "short",
-    [VFIOPY_NO_ADDRESS] = "no_address",
-    [VFIOPY_HAS_ADDRESS] = "has_address",
-};
-
-/* The words are Python's: vfiopy/iova/failures.py, imported when first needed. */
-static PyObject *failure_maker(void)
-{
-    static PyObject *maker;
-
-    if (!maker) {
-        PyObject *module = PyImport_ImportModule("vfiopy.iova.failures");
-
-        if (module)
-            maker = PyObject_GetAttrString(module, "failure");
-        Py_XDECREF(module);
-    }
-    return maker;
-}
-
-PyObject *vfiopy_raise_failure(PyObject *self, const char *operation, const struct vfiopy_failure *failure,
-                               PyObject *holders)
-{
-    PyObject *maker, *error = NULL;
-
-    if (failure->result == VFIOPY_NO_MEMORY) {
-        Py_XDECREF(holders);
-        return PyErr_NoMemory();
-    }
-    maker = failure_maker();
-    if (maker)
-        error = PyObject_CallFunction(
-            maker, "sOs(KKKKiKziI)O", result_names[failure->result], ((struct vfiopy_iova_object *)self)->name,
-            operation, (unsigned long long)failure->asked.first,
-            (unsigned long long)failure->asked.last, (unsigned long long)failure->clash.first,
-            (unsigned long long)failure->clash.last, failure->clash.state, (unsigned long long)failure->value,
-            failure->call, failure->error, (unsigned int)failure->mapper, holders ? holders : Py_None);
-    if (error) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
-    Py_XDECREF(holders);
-    return NULL;
-}
-
-void vfiopy_drop_gone(struct vfiopy_gone *gone)
-{
-    void *memory;
-
-    while (vfiopy_gone_pop(gone, &memory))
-        Py_XDECREF((PyObject *)memory);
 }

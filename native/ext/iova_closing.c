@@ -6,6 +6,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 #include "ext/raise.h"
 

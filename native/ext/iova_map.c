@@ -1,4 +1,5 @@
 /* IovaSpace: mapping, and the kernel's mappers. */
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 
 int vfiopy_iova_parse_request(const char *function, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords,

@@ -1,4 +1,5 @@
 /* IovaSpace: memory that gets another address, or another process, while devices use it. */
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 
 static PyObject *lose_addresses(PyObject *self, PyObject *const *args, Py_ssize_t nargs)

@@ -18,15 +18,6 @@ struct vfiopy_iova_object {
 
 typedef PyObject *(*vfiopy_fast_keywords)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
 
-extern PyMethodDef vfiopy_iova_map_methods[];
-extern PyMethodDef vfiopy_iova_unmap_methods[];
-extern PyMethodDef vfiopy_iova_look_methods[];
-extern PyMethodDef vfiopy_iova_pin_methods[];
-extern PyMethodDef vfiopy_iova_space_methods[];
-extern PyMethodDef vfiopy_iova_stats_methods[];
-extern PyMethodDef vfiopy_iova_move_methods[];
-extern PyMethodDef vfiopy_iova_closing_methods[];
-
 static inline struct vfiopy_space *vfiopy_space_of(PyObject *self)
 {
     return ((struct vfiopy_iova_object *)self)->space;
@@ -110,7 +101,7 @@ PyObject *vfiopy_iova_raise_pinned(PyObject *self, const char *operation, struct
 int vfiopy_iova_finish(PyObject *self, const char *operation, struct vfiopy_unmap *unmap);
 
 /* Make the struct sequence type of views, the type of unmaps that wait, and add them to the module. */
-int vfiopy_iova_look_init(PyObject *module);
+int vfiopy_iova_views_init(PyObject *module);
 int vfiopy_iova_closing_init(PyObject *module);
 
 #endif

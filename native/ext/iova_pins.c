@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 
 static PyObject *add_owner(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)

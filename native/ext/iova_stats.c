@@ -1,6 +1,7 @@
 /* IovaSpace: figures, and the debug walk. */
 #include <unistd.h>
 
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 #include "ext/raise.h"
 

@@ -1,9 +1,8 @@
-/* The Python type IovaSpace: its life, its geometry and its figures. */
-#include <stdlib.h>
+/* The Python type IovaSpace: its life, and its methods put together. */
 #include <unistd.h>
 
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
-#include "ext/raise.h"
 
 /* Called under the book's lock: counts, and nothing else. */
 static void retain(void *memory)
@@ -31,17 +30,6 @@ static PyObject *iova_new(PyTypeObject *type, PyObject *args, PyObject *keywords
         return (PyObject *)self;
     Py_DECREF((PyObject *)self);
     return PyErr_NoMemory();
-}
-
-int vfiopy_iova_raise_forked(PyObject *self)
-{
-    struct vfiopy_iova_object *object = (struct vfiopy_iova_object *)self;
-
-    vfiopy_raise_state("ForkedError",
-                       "space %R belongs to process %d; this is its child %d. "
-                       "Open the device again in the child, or use the 'spawn' start method of multiprocessing",
-                       object->name, object->pid, (int)getpid());
-    return -1;
 }
 
 /* A forked child's collector must not wait for a lock of the parent's: what the book holds is leaked there. */
@@ -95,158 +83,6 @@ static void iova_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* --- geometry ------------------------------------------------------------------------------------------------ */
-
-/* A range from a pair of ints. */
-static int get_pair(PyObject *item, struct vfiopy_range *range)
-{
-    PyObject *pair = PySequence_Tuple(item), *first, *last;
-    int result = -1;
-
-    if (!pair)
-        return -1;
-    if (PyTuple_Size(pair) != 2) {
-        PyErr_Format(PyExc_TypeError, "a range is a pair (first, last), not %R", item);
-    } else {
-        first = PyTuple_GetItem(pair, 0);
-        last = PyTuple_GetItem(pair, 1);
-        if (!vfiopy_get_u64(first, "first", &range->first) && !vfiopy_get_u64(last, "last", &range->last))
-            result = 0;
-    }
-    Py_DECREF(pair);
-    return result;
-}
-
-static PyObject *set_usable(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
-{
-    static const char *const names[] = {"ranges", "page_sizes", "max_mappings", NULL};
-    struct vfiopy_failure failure = {0};
-    struct vfiopy_range *ranges;
-    uint64_t page_sizes, max_mappings = 0;
-    PyObject *given[3], *sequence;
-    Py_ssize_t count;
-    int result = -1;
-
-    if (vfiopy_iova_elsewhere(self) || vfiopy_arguments("set_usable", args, nargs, keywords, names, 2, given) ||
-        vfiopy_get_u64(given[1], "page_sizes", &page_sizes) ||
-        (given[2] && vfiopy_get_u64(given[2], "max_mappings", &max_mappings)))
-        return NULL;
-    sequence = PySequence_Tuple(given[0]);
-    if (!sequence)
-        return NULL;
-    count = PyTuple_Size(sequence);
-    ranges = calloc(count ? (size_t)count : 1, sizeof(*ranges));
-    if (!ranges) {
-        Py_DECREF(sequence);
-        return PyErr_NoMemory();
-    }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (get_pair(PyTuple_GetItem(sequence, i), &ranges[i]))
-            goto out;
-    }
-    result = vfiopy_space_set_usable(vfiopy_space_of(self), ranges, (size_t)count, page_sizes, max_mappings, &failure);
-    if (result)
-        vfiopy_raise_failure(self, "set_usable", &failure, NULL);
-out:
-    free(ranges);
-    Py_DECREF(sequence);
-    return result ? NULL : Py_NewRef(Py_None);
-}
-
-static PyObject *change_window(PyObject *self, PyObject *const *args, Py_ssize_t nargs, const char *operation,
-                               int (*change)(struct vfiopy_space *, struct vfiopy_range, struct vfiopy_failure *))
-{
-    struct vfiopy_failure failure = {0};
-    struct vfiopy_range window;
-
-    if (vfiopy_iova_elsewhere(self))
-        return NULL;
-    if (nargs != 2) {
-        PyErr_Format(PyExc_TypeError, "%s() takes 2 arguments (first, last), not %zd", operation, nargs);
-        return NULL;
-    }
-    if (vfiopy_get_u64(args[0], "first", &window.first) || vfiopy_get_u64(args[1], "last", &window.last))
-        return NULL;
-    failure.asked = window;
-    if (change(vfiopy_space_of(self), window, &failure))
-        return vfiopy_raise_failure(self, operation, &failure, NULL);
-    Py_RETURN_NONE;
-}
-
-static PyObject *exclude(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    return change_window(self, args, nargs, "exclude", vfiopy_space_exclude);
-}
-
-static PyObject *include(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    return change_window(self, args, nargs, "include", vfiopy_space_include);
-}
-
-static PyObject *set_transient(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    static const char *const operation = "set_transient";
-
-    if (vfiopy_iova_elsewhere(self))
-        return NULL;
-    if (nargs != 0)
-        return change_window(self, args, nargs, operation, vfiopy_space_set_transient);
-    if (vfiopy_space_set_transient(vfiopy_space_of(self), (struct vfiopy_range){1, 0},
-                                   &(struct vfiopy_failure){0}))
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-PyObject *vfiopy_ranges_list(struct vfiopy_range *ranges, size_t count)
-{
-    PyObject *list;
-
-    if (!ranges)
-        return PyErr_NoMemory();
-    list = PyList_New((Py_ssize_t)count);
-    for (size_t i = 0; i < count && list; i++) {
-        PyObject *pair = Py_BuildValue("KK", (unsigned long long)ranges[i].first, (unsigned long long)ranges[i].last);
-
-        if (pair)
-            PyList_SetItem(list, (Py_ssize_t)i, pair);
-        else
-            Py_CLEAR(list);
-    }
-    free(ranges);
-    return list;
-}
-
-static PyObject *list_ranges(PyObject *self, enum vfiopy_ranges_of which)
-{
-    struct vfiopy_range *ranges;
-    size_t count = 0;
-
-    if (vfiopy_iova_elsewhere(self))
-        return NULL;
-    ranges = vfiopy_space_ranges(vfiopy_space_of(self), which, &count);
-    return vfiopy_ranges_list(ranges, count);
-}
-
-static PyObject *usable(PyObject *self, PyObject *Py_UNUSED(ignored))
-{
-    return list_ranges(self, VFIOPY_USABLE);
-}
-
-static PyObject *excluded(PyObject *self, PyObject *Py_UNUSED(ignored))
-{
-    return list_ranges(self, VFIOPY_EXCLUDED_WINDOWS);
-}
-
-static PyObject *transient(PyObject *self, PyObject *Py_UNUSED(ignored))
-{
-    return list_ranges(self, VFIOPY_TRANSIENT_WINDOW);
-}
-
-static PyObject *free_ranges(PyObject *self, PyObject *Py_UNUSED(ignored))
-{
-    return list_ranges(self, VFIOPY_FREE);
-}
-
 static Py_ssize_t iova_length(PyObject *self)
 {
     struct vfiopy_stats stats;
@@ -285,20 +121,6 @@ static PyObject *get_name(PyObject *self, void *Py_UNUSED(ignored))
     return Py_NewRef(((struct vfiopy_iova_object *)self)->name);
 }
 
-PyMethodDef vfiopy_iova_space_methods[] = {
-    {"set_usable", VFIOPY_FAST(set_usable), METH_FASTCALL | METH_KEYWORDS,
-     "set_usable(ranges, page_sizes, max_mappings=0): what all mappers together can do"},
-    {"exclude", VFIOPY_FAST(exclude), METH_FASTCALL, "exclude(first, last): a window that nothing may be mapped in"},
-    {"include", VFIOPY_FAST(include), METH_FASTCALL, "include(first, last): undo one exclude"},
-    {"set_transient", VFIOPY_FAST(set_transient), METH_FASTCALL,
-     "set_transient(first, last): keep a window for transient mappings; without arguments: none"},
-    {"usable", usable, METH_NOARGS, "usable(): [(first, last)]"},
-    {"excluded", excluded, METH_NOARGS, "excluded(): [(first, last)]"},
-    {"transient", transient, METH_NOARGS, "transient(): [(first, last)] with the window, or []"},
-    {"free_ranges", free_ranges, METH_NOARGS, "free_ranges(): [(first, last)]"},
-    {NULL, NULL, 0, NULL},
-};
-
 /* --- the type ------------------------------------------------------------------------------------------------ */
 
 static PyGetSetDef iova_getset[] = {
@@ -330,7 +152,7 @@ static PyType_Spec iova_spec = {
 /* A type takes one method table: the tables of all files go into it as descriptors. */
 static int add_methods(PyObject *type)
 {
-    PyMethodDef *const tables[] = {vfiopy_iova_space_methods, vfiopy_iova_map_methods, vfiopy_iova_unmap_methods,
+    PyMethodDef *const tables[] = {vfiopy_iova_geometry_methods, vfiopy_iova_map_methods, vfiopy_iova_unmap_methods,
                                    vfiopy_iova_look_methods, vfiopy_iova_pin_methods, vfiopy_iova_stats_methods,
                                    vfiopy_iova_move_methods, vfiopy_iova_closing_methods};
 
@@ -378,5 +200,5 @@ int vfiopy_iova_type_init(PyObject *module)
         result = PyModule_AddObjectRef(module, "IovaSpace", type);
     for (size_t i = 0; i < sizeof(constants) / sizeof(*constants) && !result; i++)
         result = PyModule_AddIntConstant(module, constants[i].name, constants[i].value);
-    return result || vfiopy_iova_closing_init(module) ? -1 : vfiopy_iova_look_init(module);
+    return result || vfiopy_iova_closing_init(module) ? -1 : vfiopy_iova_views_init(module);
 }

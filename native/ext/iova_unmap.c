@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 
 #define SLICE 0.05 /* seconds between looks for a pending signal */
