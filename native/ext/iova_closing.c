@@ -2,7 +2,11 @@
  * The Python type IovaClosing: an unmap that waits for pins without a thread, through a file descriptor.
  *
  * Made by IovaSpace.closing(); from then on the range takes no new pins. Dropped before its end it gives up.
+ *
+ * Owners' callbacks and calls without the GIL run inside its methods, so each of them takes the object first. Who comes
+ * second is refused, but for give_up(): that is left to whoever is inside, to be done on the way out.
  */
+#include <stdatomic.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -14,9 +18,12 @@ struct closing {
     PyObject_HEAD
     PyObject *space;
     struct vfiopy_unmap unmap;
-    int event; /* -1: over */
+    atomic_int event; /* -1: over */
+    atomic_int use;
     bool ready;
 };
+
+enum use { IDLE, TAKEN, DOOMED /* taken, and to be given up afterwards */ };
 
 static PyTypeObject *closing_type;
 
@@ -36,7 +43,7 @@ static void end(struct closing *closing)
     closing->event = -1;
 }
 
-static void give_up(struct closing *closing)
+static void undo(struct closing *closing)
 {
     if (closing->event < 0)
         return;
@@ -49,11 +56,56 @@ static void give_up(struct closing *closing)
     end(closing);
 }
 
+static bool swap(struct closing *closing, int from, int to)
+{
+    return atomic_compare_exchange_strong(&closing->use, &from, to);
+}
+
+static void leave(struct closing *closing)
+{
+    if (swap(closing, TAKEN, IDLE))
+        return;
+    undo(closing);
+    closing->use = IDLE;
+}
+
+static void give_up(struct closing *closing)
+{
+    for (;;) {
+        if (swap(closing, IDLE, TAKEN)) {
+            undo(closing);
+            leave(closing);
+            return;
+        }
+        if (swap(closing, TAKEN, DOOMED) || closing->use == DOOMED)
+            return;
+    }
+}
+
+static int raise_over(void)
+{
+    vfiopy_raise_state("StateError", "this unmap is over");
+    return -1;
+}
+
 static int check_open(struct closing *closing)
 {
-    if (closing->event >= 0)
-        return vfiopy_iova_elsewhere(closing->space);
-    vfiopy_raise_state("StateError", "this unmap is over");
+    return closing->event < 0 ? raise_over() : vfiopy_iova_elsewhere(closing->space);
+}
+
+/* 0, and leave() must follow; or -1 with an error set. */
+static int enter(struct closing *closing)
+{
+    if (check_open(closing))
+        return -1;
+    if (!swap(closing, IDLE, TAKEN)) {
+        vfiopy_raise_state("StateError", "another call of this unmap is under way, in an owner's callback or in "
+                                         "another thread; only give_up() may come in between");
+        return -1;
+    }
+    if (!check_open(closing))
+        return 0;
+    leave(closing);
     return -1;
 }
 
@@ -79,38 +131,34 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     return (PyObject *)closing;
 }
 
-static PyObject *ready(PyObject *self, PyObject *Py_UNUSED(ignored))
+/* 1: no pin is left; 0: some are; -1 with an error set. */
+static int get_ready(struct closing *closing)
 {
-    struct closing *closing = of(self);
+    struct vfiopy_space *space = vfiopy_space_of(closing->space);
     struct vfiopy_failure failure = {.asked = closing->unmap.range};
-    struct vfiopy_space *space;
     uint64_t drained;
 
-    if (check_open(closing))
-        return NULL;
-    if (closing->ready)
-        Py_RETURN_TRUE;
-    space = vfiopy_space_of(closing->space);
     /* Before the look, or a pin that goes in between would not be heard of. */
     if (read(closing->event, &drained, sizeof(drained)) < 0)
         drained = 0;
-    for (;;) {
+    while (closing->use != DOOMED) {
         switch (vfiopy_unmap_step(space, &closing->unmap, &failure)) {
         case VFIOPY_STEP_READY:
             closing->ready = true;
-            Py_RETURN_TRUE;
+            return 1;
         case VFIOPY_STEP_WAIT:
-            Py_RETURN_FALSE;
+            return 0;
         case VFIOPY_STEP_FAILED:
             end(closing);
-            return vfiopy_raise_failure(closing->space, "unmap", &failure, NULL);
+            vfiopy_raise_failure(closing->space, "unmap", &failure, NULL);
+            return -1;
         case VFIOPY_STEP_NOTIFY:
             if (vfiopy_iova_tell(&closing->unmap)) {
-                give_up(closing);
-                return NULL;
+                undo(closing);
+                return -1;
             }
             if (vfiopy_iova_elsewhere(closing->space)) /* an owner's callback forked */
-                return NULL;
+                return -1;
             break;
         case VFIOPY_STEP_BUSY:
             Py_BEGIN_ALLOW_THREADS
@@ -119,21 +167,34 @@ static PyObject *ready(PyObject *self, PyObject *Py_UNUSED(ignored))
             break;
         }
     }
+    return raise_over();
+}
+
+static PyObject *ready(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    int result;
+
+    if (enter(of(self)))
+        return NULL;
+    result = of(self)->ready ? 1 : get_ready(of(self));
+    leave(of(self));
+    return result < 0 ? NULL : PyBool_FromLong(result);
 }
 
 static PyObject *finish(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     struct closing *closing = of(self);
-    int result;
+    int result = -1;
 
-    if (check_open(closing))
+    if (enter(closing))
         return NULL;
-    if (!closing->ready) {
+    if (closing->ready) {
+        result = vfiopy_iova_finish(closing->space, "unmap", &closing->unmap);
+        end(closing);
+    } else {
         vfiopy_raise_state("StateError", "the range is still pinned, or ready() was not asked");
-        return NULL;
     }
-    result = vfiopy_iova_finish(closing->space, "unmap", &closing->unmap);
-    end(closing);
+    leave(closing);
     return result ? NULL : PyLong_FromUnsignedLongLong(closing->unmap.bytes);
 }
 
@@ -147,10 +208,15 @@ static PyObject *raise_pinned(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     struct closing *closing = of(self);
 
-    if (check_open(closing))
+    if (enter(closing))
         return NULL;
-    vfiopy_iova_raise_pinned(closing->space, "unmap", &closing->unmap);
-    end(closing);
+    if (closing->ready) {
+        vfiopy_raise_state("StateError", "no pin is in the way of this unmap: finish() or give_up() ends it");
+    } else {
+        vfiopy_iova_raise_pinned(closing->space, "unmap", &closing->unmap);
+        end(closing);
+    }
+    leave(closing);
     return NULL;
 }
 
@@ -173,7 +239,7 @@ static void closing_dealloc(PyObject *self)
 
     PyObject_GC_UnTrack(self);
     if (of(self)->space)
-        give_up(of(self));
+        undo(of(self)); /* nobody is inside: that would hold a reference */
     else if (of(self)->event > 0)
         close(of(self)->event);
     Py_CLEAR(of(self)->space);
@@ -191,14 +257,17 @@ static PyMethodDef methods[] = {
     {"ready", ready, METH_NOARGS,
      "ready(): tell owners that were not told yet; True when no pin is left and finish() may follow"},
     {"finish", finish, METH_NOARGS, "finish(): unmap; returns the number of bytes"},
-    {"give_up", give_up_method, METH_NOARGS, "give_up(): everything is as it was; does nothing in a forked child"},
-    {"raise_pinned", raise_pinned, METH_NOARGS, "raise_pinned(): give up with the PinnedError that names the owners"},
+    {"give_up", give_up_method, METH_NOARGS,
+     "give_up(): everything is as it was; does nothing in a forked child. While another call is inside, at its end"},
+    {"raise_pinned", raise_pinned, METH_NOARGS,
+     "raise_pinned(): give up with the PinnedError that names the owners; not once ready() said True"},
     {"fileno", file_number, METH_NOARGS, "fileno(): readable when a mapping of the range lost its last pin"},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "An unmap under way that waits for pins; see IovaSpace.unmap_async."},
+    {Py_tp_doc, "An unmap under way that waits for pins; see IovaSpace.unmap_async.\n\n"
+                "Threads: one call at a time; StateError for a second one. give_up() may come at any time."},
     {Py_tp_dealloc, closing_dealloc},
     {Py_tp_traverse, closing_traverse},
     {Py_tp_methods, methods},
