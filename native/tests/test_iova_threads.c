@@ -57,7 +57,9 @@ static void map_one(struct worker *worker)
 
     held++;
     if (vfiopy_space_map(worker->space, &request, &iova, NULL, &failure)) {
-        CHECK(failure.result == VFIOPY_OVERLAP || failure.result == VFIOPY_BUSY || failure.result == VFIOPY_NO_SPACE);
+        /* excluded: a window that another thread keeps for a moment */
+        CHECK(failure.result == VFIOPY_OVERLAP || failure.result == VFIOPY_BUSY ||
+              failure.result == VFIOPY_EXCLUDED || failure.result == VFIOPY_NO_SPACE);
         held--;
         worker->refused++;
     } else {
