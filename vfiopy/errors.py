@@ -42,6 +42,7 @@ __all__ = [
     "PciAddressError",
     "PermissionDeniedError",
     "PinnedError",
+    "ProtocolError",
     "RevokedError",
     "StateError",
     "UnmappingError",
@@ -171,6 +172,12 @@ class DeviceGoneError(VfioError):
     """The device does not answer: removed, powered down, or its memory decode is off."""
 
     default_errno = _errno.ENODEV
+
+
+class ProtocolError(VfioError):
+    """The other end of a socket sent what its protocol does not allow."""
+
+    default_errno = _errno.EPROTO
 
 
 class VfioTimeoutError(VfioError, TimeoutError):
