@@ -26,6 +26,7 @@ __all__ = [
     "DeviceIo",
     "DeviceWindow",
     "FileMemory",
+    "FileRegions",
     "Host",
     "HostMemory",
     "IovaRange",
@@ -38,11 +39,13 @@ __all__ = [
     "MapperTraits",
     "Memory",
     "MemoryKind",
+    "MemorySource",
     "Placer",
     "Prot",
     "RegionFlag",
     "RegionIndex",
     "RegionInfo",
+    "RemoteMemory",
     "Window",
     "region_name",
 ]
@@ -302,7 +305,32 @@ class DeviceWindow:
     kind = MemoryKind.MMIO
 
 
-Memory: TypeAlias = HostMemory | FileMemory | DeviceWindow
+class RemoteMemory:
+    """Memory that this process has not mapped: whoever has it is asked for each access.
+
+    Attributes:
+        size: bytes.
+        writable: the device may be allowed to write it.
+    """
+
+    kind = MemoryKind.REMOTE
+    address = 0
+    owner: object = None
+
+    def __init__(self, size: int, writable: bool) -> None:
+        self.size = size
+        self.writable = writable
+
+    def read(self, offset: int, size: int) -> bytes | bytearray:
+        """Read bytes; raises VfioError where nobody answers. A subclass implements it."""
+        raise NotImplementedError
+
+    def write(self, offset: int, data: bytes | bytearray) -> None:
+        """Write bytes; raises VfioError where nobody answers. A subclass implements it."""
+        raise NotImplementedError
+
+
+Memory: TypeAlias = HostMemory | FileMemory | DeviceWindow | RemoteMemory
 
 
 class KernelTarget(NamedTuple):
@@ -365,6 +393,25 @@ class BookReader(Protocol):
 
     def attach_book(self, book: IovaSpace) -> None:
         """Say which book; called once, when the first device of the mapper joins a space."""
+
+
+@runtime_checkable
+class MemorySource(Protocol):
+    """A mapper that does best with memory of its own making."""
+
+    def allocate(self, size: int) -> FileMemory | None:
+        """Make zeroed memory of so many whole pages; its ``owner`` has ``__array_interface__``. None to decline."""
+
+
+@runtime_checkable
+class FileRegions(Protocol):
+    """A ``DeviceIo`` whose regions, where they can be mapped, are files that another process may map as well."""
+
+    def region_file(self, index: int) -> tuple[int, int]:
+        """Return an fd, which stays the device's, and where in the file the region begins, bytes.
+
+        Raises NotSupportedError where there is none.
+        """
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vfiopy.backend import DeviceWindow, FileMemory, HostMemory, Memory, Prot
+from vfiopy.backend import DeviceWindow, FileMemory, HostMemory, Memory, Prot, RemoteMemory
 from vfiopy.errors import AlignmentError, MemoryKindError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["PAGE_SIZE", "file_memory", "let_go", "memory_of", "round_to_pages"]
 
 PAGE_SIZE = mmap.PAGESIZE
+_READY = (HostMemory, FileMemory, DeviceWindow, RemoteMemory)
 
 
 def round_to_pages(size: int, page: int = PAGE_SIZE) -> int:
@@ -87,7 +88,7 @@ def memory_of(thing: Memory | Buffer, prot: Prot) -> Memory:
         MemoryKindError: ``bytes`` or another immutable object; a read-only buffer with ``Prot.WRITE``.
         AlignmentError: start or size is not a whole number of pages.
     """
-    memory = thing if isinstance(thing, HostMemory | FileMemory | DeviceWindow) else _host_memory(thing)
+    memory = thing if isinstance(thing, _READY) else _host_memory(thing)
     if Prot.WRITE in prot and not memory.writable:
         if memory is not thing:
             let_go(memory)

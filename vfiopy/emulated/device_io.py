@@ -19,13 +19,14 @@ from vfiopy.backend import (
     Window,
     region_name,
 )
-from vfiopy.emulated.bar_memory import MemoryWindow
+from vfiopy.emulated.bar_memory import BarMemory
 from vfiopy.emulated.capabilities import MsiX
 from vfiopy.emulated.host import EmulatedHost, EmulatedMapper
 from vfiopy.emulated.irqs import IrqRequest, IrqTable
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.emulated.virtual_config import VirtualConfig
 from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, StateError
+from vfiopy.file_window import FileWindow
 from vfiopy.lives import Resource
 
 __all__ = ["EmulatedDeviceIo"]
@@ -55,7 +56,7 @@ class EmulatedDeviceIo(Resource):
         self._open = self._usable = False  # until the device is ours
         self.device = device
         self._irqs = IrqTable(device, self._label)
-        self._windows: list[MemoryWindow] = []
+        self._windows: list[FileWindow] = []
         self._hidden = self._msix_areas()
         # BARs of registers only, and their sizes
         self._registers = {
@@ -261,6 +262,23 @@ class EmulatedDeviceIo(Resource):
             AddressRangeError: outside of the region.
             AlignmentError: not whole pages.
         """
+        memory = self._memory(index)
+        self._check_range(index, memory.size, offset, size)
+        window = FileWindow(memory.fd, offset, size, owner=memory)
+        with self.device.lock:
+            self._windows[:] = [old for old in self._windows if old] + [window]
+            window.show(self.device.config.memory_enabled)
+        return window
+
+    def region_file(self, index: int) -> tuple[int, int]:
+        """Return the fd behind a BAR of shared memory, and where in it: see :class:`vfiopy.backend.FileRegions`.
+
+        Raises:
+            NotSupportedError: the region has handlers.
+        """
+        return self._memory(index).fd, 0
+
+    def _memory(self, index: int) -> BarMemory:
         self.check_open()
         memory = self.device.memories.get(index)
         if memory is None:
@@ -269,12 +287,7 @@ class EmulatedDeviceIo(Resource):
                 object=self.name,
                 hint="use its read and write methods; region_info().flags says MMAP where a region can be mapped",
             )
-        self._check_range(index, memory.size, offset, size)
-        window = MemoryWindow(memory, offset, size)
-        with self.device.lock:
-            self._windows[:] = [old for old in self._windows if old] + [window]
-            window.show(self.device.config.memory_enabled)
-        return window
+        return memory
 
     # --- the rest ------------------------------------------------------------------------------------------------
 
@@ -335,7 +348,7 @@ def _after_fork() -> None:
         io._usable = False
 
 
-def _follow(device: PciDevice, irqs: IrqTable, windows: list[MemoryWindow]) -> Callable[[], None]:
+def _follow(device: PciDevice, irqs: IrqTable, windows: list[FileWindow]) -> Callable[[], None]:
     """Return what follows a change of configuration space.
 
     It knows nothing of the DeviceIo: the device's thread must not keep alive what its user has dropped.

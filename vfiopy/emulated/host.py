@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from vfiopy.backend import (
-    DeviceWindow,
-    FileMemory,
     IovaRange,
     IrqIndex,
     KernelTarget,
@@ -18,12 +14,13 @@ from vfiopy.backend import (
     Memory,
     MemoryKind,
     Prot,
+    RemoteMemory,
 )
 from vfiopy.emulated.irqs import IrqTable
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.emulated.records import Fault
-from vfiopy.errors import MemoryKindError, NotMappedError, VfioError
-from vfiopy.mmio import Region
+from vfiopy.errors import NotMappedError, VfioError
+from vfiopy.memory_view import LostMemoryError, view_of
 
 if TYPE_CHECKING:
     from vfiopy.iova import IovaSpace
@@ -33,10 +30,6 @@ __all__ = ["EmulatedHost", "EmulatedMapper"]
 # What a PC with an Intel vIOMMU in QEMU has: 48 bits but for the window of the local APICs (seen in the lab).
 _RANGES = (IovaRange(0, 0xFEDF_FFFF), IovaRange(0xFEF0_0000, (1 << 48) - 1))
 _PAGE_SIZES = 1 << 12 | 1 << 21 | 1 << 30
-
-
-class _PeerGoneError(VfioError):
-    """Another device's BAR stopped answering while it was written."""
 
 
 class EmulatedMapper:
@@ -63,8 +56,8 @@ class EmulatedMapper:
         return None
 
     def traits(self) -> MapperTraits:
-        """Pages as of an x86 IOMMU, any number of mappings, any memory of this process."""
-        return MapperTraits(_PAGE_SIZES, 0, frozenset({MemoryKind.HOST, MemoryKind.FILE, MemoryKind.MMIO}))
+        """Pages as of an x86 IOMMU, any number of mappings, any memory."""
+        return MapperTraits(_PAGE_SIZES, 0, frozenset(MemoryKind))
 
     def ranges(self) -> list[IovaRange]:
         """Usable IOVA ranges."""
@@ -155,15 +148,19 @@ class EmulatedHost:
                     book.pin(iova, size, prot, self._owner, peer=True)
                     stack.callback(book.unpin, iova, size, self._owner)
                     views = [
-                        stack.enter_context(_view(address, length, memory, prot))
+                        stack.enter_context(view_of(address, length, self._patient(memory), prot))
                         for address, length, memory in book.check(iova, size, prot)
                     ]
                 except VfioError as error:
                     # Not mapped, not so, going away, a BAR that nobody mapped: to an IOMMU it is all the same.
                     raise self._fault(iova, size, prot, error.meaning) from error
                 yield views
-        except _PeerGoneError as error:
+        except LostMemoryError as error:
             raise self._fault(iova, size, prot, error.meaning) from error
+
+    def _patient(self, memory: object) -> object:
+        """Have the device serve its registers while somebody else is asked for memory."""
+        return _Patient(memory, self._device) if isinstance(memory, RemoteMemory) else memory
 
     def _fault(self, iova: int, size: int, prot: Prot, reason: str) -> NotMappedError:
         self._device.record_fault(Fault(iova, size, Prot.WRITE in prot, reason))
@@ -196,64 +193,18 @@ class EmulatedHost:
         self._irqs.deassert()
 
 
-def _view(address: int, length: int, memory: object, prot: Prot) -> AbstractContextManager[memoryview]:
-    """Give a view of a part of a mapping that ends with the block.
+class _Patient(RemoteMemory):
+    """Remote memory, asked for without the device's lock: who has the memory may want a register first."""
 
-    Args:
-        address: of the part; where the memory has none in this process, the offset of the part in it.
-        length: bytes.
-        memory: what is mapped.
-        prot: read-only without WRITE.
-    """
-    if isinstance(memory, DeviceWindow):
-        if not memory.address:
-            raise MemoryKindError(
-                "a BAR that this process has not mapped is out of reach for a device that is software"
-            )
-        return _bar_view(address, length, prot)
-    if isinstance(memory, FileMemory) and not memory.address:
-        return _file_view(memory.fd, memory.offset + address, length, prot)
-    return _memory_view(address, length, prot)
+    def __init__(self, memory: RemoteMemory, device: PciDevice) -> None:
+        super().__init__(memory.size, memory.writable)
+        self._memory = memory
+        self._device = device
 
+    def read(self, offset: int, size: int) -> bytes | bytearray:
+        with self._device.waiting():
+            return self._memory.read(offset, size)
 
-@contextmanager
-def _memory_view(address: int, length: int, prot: Prot) -> Iterator[memoryview]:
-    whole = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
-    with whole if Prot.WRITE in prot else whole.toreadonly() as view:
-        yield view
-
-
-@contextmanager
-def _file_view(fd: int, offset: int, length: int, prot: Prot) -> Iterator[memoryview]:
-    skip = offset % mmap.ALLOCATIONGRANULARITY
-    access = mmap.ACCESS_WRITE if Prot.WRITE in prot else mmap.ACCESS_READ
-    with (
-        mmap.mmap(fd, skip + length, access=access, offset=offset - skip) as mapped,
-        memoryview(mapped) as whole,
-        whole[skip:] as view,
-    ):
-        yield view
-
-
-@contextmanager
-def _bar_view(address: int, length: int, prot: Prot) -> Iterator[memoryview]:
-    """Copy to and fro: registers take accesses of a width, and a BAR that goes away must not end the process."""
-    width = 4 if address % 4 == length % 4 == 0 else 1
-    skip = address % 8  # a region wants offsets and addresses aligned alike
-    region = Region("peer's BAR", skip + length, [(skip, address, length)])
-    try:
-        reads = Prot.READ in prot
-        copy = bytearray(region.read_block(skip, length // width, width)) if reads else bytearray(length)
-        with memoryview(copy) as whole:
-            yield whole if Prot.WRITE in prot else whole.toreadonly()
-        if Prot.WRITE in prot:
-            _write_back(region, skip, copy, width)
-    finally:
-        region.close()
-
-
-def _write_back(region: Region, offset: int, data: bytearray, width: int) -> None:
-    try:
-        region.write_block(offset, data, width)
-    except VfioError as error:
-        raise _PeerGoneError(error.meaning) from error
+    def write(self, offset: int, data: bytes | bytearray) -> None:
+        with self._device.waiting():
+            self._memory.write(offset, data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,7 +172,7 @@ class IrqTable:
         elif not request.count:
             self._drop_own(kind)
         elif request.wants(0):
-            os.eventfd_write(current, 1)
+            _notify(current)
 
     def _assign_own(self, kind: IrqIndex, fd: int) -> None:
         (new,) = self._duplicate([fd])
@@ -302,7 +302,7 @@ class IrqTable:
     def _signal(self, vector: int) -> None:
         fd = self._fds.get(vector)
         if fd is not None:
-            os.eventfd_write(fd, 1)
+            _notify(fd)
 
     def close(self) -> None:
         """Disable everything. Idempotent."""
@@ -311,3 +311,8 @@ class IrqTable:
                 self._disable()
             for kind in _OWN:
                 self._drop_own(kind)
+
+
+def _notify(fd: int) -> None:
+    with suppress(BlockingIOError):  # its count is at its highest: nobody can miss it
+        os.eventfd_write(fd, 1)

@@ -23,6 +23,10 @@ _LOG = logging.getLogger(__name__)
 _MOST_RECORDS = 1000  # a driver in a loop must not eat the memory
 
 
+class _ResetMeanwhile(BaseException):
+    """Ends work of a device that was reset while the work waited. No error: ``except Exception`` must not catch it."""
+
+
 class PciDevice:
     """A PCI function that is a Python object.
 
@@ -35,6 +39,8 @@ class PciDevice:
     :class:`~vfiopy.backend.Host`, other ways to reach it.
 
     Threads: handlers, work and reset run one at a time, under ``device.lock``. The engine's thread does the work.
+    Where a user of the device has its memory in another process and does not share it (vfio-user without fds), DMA
+    waits for that process, and gives the lock up meanwhile: handlers and resets may then run in the middle of it.
 
     Args:
         seed: of ``device.random``, which the delays come from: the same seed and the same accesses give the same
@@ -69,6 +75,7 @@ class PciDevice:
         self.memories = {index: BarMemory(bar.size) for index, bar in self.bars.items() if bar.shared}
         self._host: Host | None = None
         self._busy_thread = 0  # the thread that runs a register handler
+        self._work_thread = 0  # the thread that does work, with the lock
         self._life = 0  # counts resets
         self.config.on_function_reset = self.function_reset
 
@@ -250,14 +257,39 @@ class PciDevice:
         """In manual mode: do the next piece of work, as if its time had come; return whether there was one."""
         return self.engine.step()
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For a host: give the lock up while work waits for memory that somebody else has to be asked for.
+
+        Handlers and resets may run meanwhile. Work of a device that was reset ends here.
+        """
+        if self._work_thread != threading.get_ident():
+            yield
+            return
+        life = self._life
+        self._work_thread = 0
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()
+            self._work_thread = threading.get_ident()
+        if self._life != life:
+            raise _ResetMeanwhile
+
     def _do(self, work: Work) -> None:
         with self.lock:
+            self._work_thread = threading.get_ident()
             try:
                 work()
+            except _ResetMeanwhile:
+                pass
             except Exception as error:
                 self.record_error(f"{type(error).__name__} in the device's work: {error}", error)
                 if self.engine.manual:
                     raise
+            finally:
+                self._work_thread = 0
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.identity.vendor:04x}:{self.identity.device:04x}>"
