@@ -1,0 +1,181 @@
+"""A vfio-user client that does only what it is told, for tests of the server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vfiopy import emulated, uapi
+from vfiopy.backend import IrqAction
+from vfiopy.emulated import PciDevice
+from vfiopy.vfio_user import wire
+from vfiopy.vfio_user.channel import Channel, Message
+from vfiopy.vfio_user.server import Server
+from vfiopy.vfio_user.session import Limits
+from vfiopy.vfio_user.wire import Command, Flag
+
+QEMU_VERSION = (
+    b"\0\0\0\0"
+    b'{"capabilities":{"pgsizes":4096,"max_msg_fds":16,"max_dma_maps":65535,"max_data_xfer_size":1048576,'
+    b'"migration":{"max_bitmap_size":268435456,"pgsize":4096},"write_multiple":true}}\0'
+)
+PAGE = 4096
+LIMITS = Limits()
+EVENTFD, NONE, BOOL = (
+    uapi.VFIO_IRQ_SET_DATA_EVENTFD,
+    uapi.VFIO_IRQ_SET_DATA_NONE,
+    uapi.VFIO_IRQ_SET_DATA_BOOL,
+)
+
+
+def open_fds() -> set[str]:
+    """What is open, by number and target."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found.add(f"{entry.name} {entry.readlink()}")
+        except OSError:
+            continue
+    return {item for item in found if Path("/proc/self/fd", item.split()[0]).exists()}
+
+
+class RawClient:
+    """Messages by hand. ``ask`` returns the errno of an error reply, or the payload."""
+
+    def __init__(self, sock: socket.socket, *, greet: bool = True) -> None:
+        self.socket = sock
+        self.channel = Channel(sock, "raw client", max_data=1 << 20)
+        self.number = 0
+        self.fds: list[int] = []
+        self.requests: list[Message] = []
+        if greet:
+            self.version = self.ask(Command.VERSION, QEMU_VERSION)
+
+    def send(self, command: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> int:
+        self.number = (self.number + 1) & 0xFFFF
+        self.channel.send(self.number, command, flags, [payload], fds)
+        return self.number
+
+    def receive(self, timeout: float = 10.0) -> Message:
+        end = time.monotonic() + timeout
+        while True:
+            message = self.channel.receive()
+            if message is not None:
+                return message
+            assert select.select([self.socket], [], [], max(0.0, end - time.monotonic()))[0], "no message came"
+
+    def reply(self, number: int) -> Message:
+        """The reply to a request; requests of the server's that come first are put aside."""
+        while True:
+            message = self.receive()
+            if message.is_reply:
+                assert message.id == number
+                return message
+            self.requests.append(message)
+
+    def request(self) -> Message:
+        """The server's next request."""
+        return self.requests.pop(0) if self.requests else self.receive()
+
+    def answer(self, request: Message, payload: bytes = b"", error: int = 0) -> None:
+        flags = Flag.REPLY | (Flag.ERROR if error else 0)
+        self.channel.send(request.id, request.command, int(flags), [payload], error=error)
+
+    def ask(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Any:
+        message = self.reply(self.send(command, payload, fds))
+        assert message.command == command
+        self.fds += message.fds
+        if message.is_error:
+            assert not message.payload
+            return errno.errorcode[message.error]
+        return bytes(message.payload)
+
+    # --- commands ------------------------------------------------------------------------------------------------
+
+    def map(self, address: int, size: int, fd: int | None = None, offset: int = 0, flags: int = 3) -> Any:
+        payload = wire.DMA_MAP.pack(32, flags, offset, address, size)
+        return self.ask(Command.DMA_MAP, payload, [] if fd is None else [fd])
+
+    def unmap(self, address: int, size: int, flags: int = 0) -> Any:
+        return self.ask(Command.DMA_UNMAP, wire.DMA_UNMAP.pack(24, flags, address, size))
+
+    def read(self, region: int, offset: int, size: int) -> Any:
+        found = self.ask(Command.REGION_READ, wire.REGION_ACCESS.pack(offset, region, size))
+        return found[16:] if isinstance(found, bytes) else found
+
+    def write(self, region: int, offset: int, data: bytes) -> Any:
+        head = wire.REGION_ACCESS.pack(offset, region, len(data))
+        found = self.ask(Command.REGION_WRITE, head + data)
+        return None if found == head else found
+
+    def post(self, region: int, offset: int, data: bytes) -> None:
+        payload = wire.REGION_ACCESS.pack(offset, region, len(data)) + data
+        self.send(Command.REGION_WRITE, payload, flags=int(Flag.NO_REPLY))
+
+    def set_irqs(
+        self,
+        index: int,
+        flags: int,
+        start: int = 0,
+        count: int = 1,
+        fds: Sequence[int] = (),
+        data: bytes = b"",
+        action: int = int(IrqAction.TRIGGER),
+    ) -> Any:
+        payload = wire.SET_IRQS.pack(20 + len(data), flags | action, index, start, count) + data
+        return self.ask(Command.SET_IRQS, payload, fds)
+
+    def gone(self, timeout: float = 10.0) -> bool:
+        """Whether the server has closed the connection; what it said before is dropped."""
+        end = time.monotonic() + timeout
+        while select.select([self.socket], [], [], max(0.0, end - time.monotonic()))[0]:
+            try:
+                if not self.socket.recv(65536):
+                    return True
+            except ConnectionResetError:
+                return True
+        return False
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+        self.channel.close()
+
+
+@contextmanager
+def serving(device: PciDevice, path: Path | None = None, limits: Limits = LIMITS, **options: Any) -> Iterator[Server]:
+    """A server of a device, in a thread."""
+    io, mapper = emulated.connect(device)
+    with Server(io, mapper, path, limits=limits, **options) as server:
+        server.start()
+        yield server
+
+
+@contextmanager
+def raw_client(server: Server, *, greet: bool = True) -> Iterator[RawClient]:
+    """A client over a socketpair."""
+    ours, theirs = socket.socketpair()
+    server.attach(theirs)
+    client = RawClient(ours, greet=greet)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def memfd(size: int, *, sealed: bool = True) -> int:
+    import fcntl  # noqa: PLC0415
+
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    if sealed:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd

@@ -1,0 +1,204 @@
+"""What a served device answers to each command: from payload and fds to the parts and fds of the reply."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from vfiopy import uapi
+from vfiopy.backend import DeviceIo, FileRegions, IrqAction, IrqIndex, RegionFlag, RegionInfo
+from vfiopy.errors import AddressRangeError, NotSupportedError, VfioError
+from vfiopy.vfio_user import wire
+from vfiopy.vfio_user.region_info import encode_region_info
+from vfiopy.vfio_user.wire import Command
+
+__all__ = ["Reply", "ServedDevice"]
+
+Reply = tuple[tuple[bytes, ...], tuple[int, ...]]
+"""Parts of the payload, and fds, which stay their owner's."""
+
+_DATA: Final = {
+    uapi.VFIO_IRQ_SET_DATA_NONE,
+    uapi.VFIO_IRQ_SET_DATA_BOOL,
+    uapi.VFIO_IRQ_SET_DATA_EVENTFD,
+}
+_OPERATIONS: Final = uapi.VFIO_DEVICE_FEATURE_GET | uapi.VFIO_DEVICE_FEATURE_SET | uapi.VFIO_DEVICE_FEATURE_PROBE
+# What the protocol has. Others hand out fds, or tokens of the kernel.
+_FEATURES: Final = frozenset(
+    {
+        uapi.VFIO_DEVICE_FEATURE_MIGRATION,
+        uapi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE,
+        uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
+        uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP,
+        uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
+    }
+)
+_NOTHING: Final[Reply] = ((), ())
+_LAST_IRQ: Final = max(IrqIndex)
+
+
+class ServedDevice:
+    """The commands that are the device's own business: regions, interrupts, reset, features.
+
+    Threads: one at a time.
+
+    Args:
+        io: the device.
+        max_data: the most bytes of one access.
+    """
+
+    def __init__(self, io: DeviceIo, max_data: int) -> None:
+        self.io = io
+        self._max_data = max_data
+        self._info = io.info()
+        self.commands: dict[int, Callable[[bytearray, list[int]], Reply]] = {
+            Command.GET_INFO: self._get_info,
+            Command.GET_REGION_INFO: self._get_region_info,
+            Command.GET_REGION_IO_FDS: self._get_region_io_fds,
+            Command.GET_IRQ_INFO: self._get_irq_info,
+            Command.SET_IRQS: self._set_irqs,
+            Command.REGION_READ: self._region_read,
+            Command.REGION_WRITE: self._region_write,
+            Command.REGION_WRITE_MULTI: self._region_write_multi,
+            Command.RESET: self._reset,
+            Command.FEATURE: self._feature,
+        }
+
+    def quiet(self) -> None:
+        """Disable all interrupts: the client that wanted them is gone."""
+        for index in range(min(self._info.num_irqs, _LAST_IRQ + 1)):
+            with suppress(VfioError):  # EINVAL where it is not enabled
+                self.io.set_irqs(index, IrqAction.TRIGGER, 0, 0)
+
+    # --- what it is --------------------------------------------------------------------------------------------------
+
+    def _get_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        _check_argsz(wire.DEVICE_INFO.unpack(payload).argsz, wire.DEVICE_INFO.size)
+        info = self._info
+        flags = uapi.VFIO_DEVICE_FLAGS_PCI if info.is_pci else 0
+        if info.can_reset:
+            flags |= uapi.VFIO_DEVICE_FLAGS_RESET
+        return (wire.DEVICE_INFO.pack(wire.DEVICE_INFO.size, flags, info.num_regions, info.num_irqs),), ()
+
+    def _get_region_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        record = wire.REGION_INFO.unpack(payload)
+        _check_argsz(record.argsz, wire.REGION_INFO.size)
+        info, fd = self._region(record.region)
+        reply = encode_region_info(info, record.argsz)
+        whole = wire.REGION_INFO.unpack(reply).argsz <= record.argsz
+        return (reply,), (fd,) if fd >= 0 and whole else ()
+
+    def _region(self, index: int) -> tuple[RegionInfo, int]:
+        """Describe a region as the client may use it, with the fd to map it by or -1."""
+        info = self.io.region_info(index)
+        if RegionFlag.MMAP in info.flags and isinstance(self.io, FileRegions):
+            with suppress(NotSupportedError):
+                fd, offset = self.io.region_file(index)
+                return RegionInfo(index, info.size, info.flags, offset, info.sparse, info.msix_mappable, info.type), fd
+        return RegionInfo(index, info.size, info.flags & ~RegionFlag.MMAP, type=info.type), -1
+
+    def _get_region_io_fds(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        record = wire.IO_FDS.unpack(payload)
+        _check_argsz(record.argsz, wire.IO_FDS.size)
+        if record.flags or record.entries:
+            raise wire.malformed("GET_REGION_IO_FDS with flags or a count")
+        self.io.region_info(record.region)
+        return (wire.IO_FDS.pack(wire.IO_FDS.size, 0, record.region, 0),), ()
+
+    def _get_irq_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        record = wire.IRQ_INFO.unpack(payload)
+        _check_argsz(record.argsz, wire.IRQ_INFO.size)
+        info = self.io.irq_info(record.irq)
+        return (wire.IRQ_INFO.pack(wire.IRQ_INFO.size, int(info.flags), info.index, info.count),), ()
+
+    # --- registers ---------------------------------------------------------------------------------------------------
+
+    def _region_read(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        offset, region, size = wire.REGION_ACCESS.unpack(payload)
+        if size > self._max_data:
+            raise wire.malformed(f"REGION_READ of {size} bytes; {self._max_data} at a time", errno.E2BIG)
+        return (bytes(payload), self.io.read(region, offset, size)), ()
+
+    def _region_write(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        offset, region, size = wire.REGION_ACCESS.unpack(payload)
+        data = bytes(memoryview(payload)[wire.REGION_ACCESS.size :])
+        if len(data) != size:
+            raise wire.malformed(f"REGION_WRITE of {size} bytes brings {len(data)}")
+        self.io.write(region, offset, data)
+        return (wire.REGION_ACCESS.pack(offset, region, size),), ()
+
+    def _region_write_multi(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        count = wire.WRITE_MULTI.unpack(payload).writes
+        if len(payload) != wire.WRITE_MULTI.size + count * wire.WRITE.size:
+            raise wire.malformed(f"REGION_WRITE_MULTI of {count} writes has {len(payload)} bytes")
+        writes = [
+            wire.WRITE.unpack(payload, wire.WRITE_MULTI.size + number * wire.WRITE.size) for number in range(count)
+        ]
+        if any(write.size > len(write.data) for write in writes):
+            raise wire.malformed("REGION_WRITE_MULTI with a write of more than 8 bytes")
+        for write in writes:
+            self.io.write(write.region, write.offset, write.data[: write.size])
+        return (wire.WRITE_MULTI.pack(count),), ()
+
+    # --- interrupts --------------------------------------------------------------------------------------------------
+
+    def _set_irqs(self, payload: bytearray, fds: list[int]) -> Reply:
+        record = wire.SET_IRQS.unpack(payload)
+        data = record.flags & uapi.VFIO_IRQ_SET_DATA_TYPE_MASK
+        action = record.flags & uapi.VFIO_IRQ_SET_ACTION_TYPE_MASK
+        if data not in _DATA or action not in tuple(IrqAction) or record.flags & ~(data | action):
+            raise wire.malformed(f"SET_IRQS with flags {record.flags:#x}")
+        bools = bytes(memoryview(payload)[wire.SET_IRQS.size :])
+        if len(bools) != (record.vectors if data == uapi.VFIO_IRQ_SET_DATA_BOOL else 0):
+            raise wire.malformed(f"SET_IRQS of {record.vectors} vectors brings {len(bools)} bytes")
+        if fds and data != uapi.VFIO_IRQ_SET_DATA_EVENTFD:
+            raise wire.malformed("SET_IRQS brings fds, and does not say so")
+        if record.start + record.vectors > self.io.irq_info(record.irq).count:
+            raise AddressRangeError(f"SET_IRQS of vectors {record.start} to {record.start + record.vectors - 1}")
+        where = record.irq, IrqAction(action), record.start, record.vectors
+        if data == uapi.VFIO_IRQ_SET_DATA_EVENTFD:
+            self.io.set_irqs(*where, fds=self._eventfds(record, fds))
+        elif data == uapi.VFIO_IRQ_SET_DATA_BOOL:
+            self.io.set_irqs(*where, bools=[bool(value) for value in bools])
+        else:
+            self.io.set_irqs(*where)
+        return _NOTHING
+
+    @staticmethod
+    def _eventfds(record: wire.SetIrqs, fds: list[int]) -> Sequence[int]:
+        """Return one fd for each vector; without any, all are taken away."""
+        if not fds:
+            return [-1] * record.vectors
+        if len(fds) != record.vectors:
+            raise wire.malformed(f"SET_IRQS of {record.vectors} vectors brings {len(fds)} eventfds")
+        for fd in fds:
+            os.set_blocking(fd, False)  # or a client that never reads it stops the device
+        return fds
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def _reset(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        self.io.reset()
+        return _NOTHING
+
+    def _feature(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        record = wire.FEATURE.unpack(payload)
+        number, operation = record.flags & wire.FEATURE_NUMBER, record.flags & ~wire.FEATURE_NUMBER
+        if not operation or operation & ~_OPERATIONS:
+            raise wire.malformed(f"DEVICE_FEATURE with flags {record.flags:#x}")
+        if number not in _FEATURES:
+            raise NotSupportedError(f"feature {number} is not of vfio-user", errno=errno.ENOTTY)
+        answer = self.io.feature(number, operation, bytes(memoryview(payload)[wire.FEATURE.size :]))
+        if operation != uapi.VFIO_DEVICE_FEATURE_GET:
+            return (bytes(payload),), ()
+        needed = wire.FEATURE.size + len(answer)
+        head = wire.FEATURE.pack(needed, record.flags)
+        return (head, answer) if needed <= record.argsz else (head,), ()
+
+
+def _check_argsz(argsz: int, least: int) -> None:
+    if argsz < least:
+        raise wire.malformed(f"argsz is {argsz}, the reply has at least {least} bytes")
