@@ -5,10 +5,11 @@
 
 #include "ext/dma_object.h"
 
+/* What is to be mapped, and the handles that say so afterwards. */
 struct batch {
-    size_t count, done;
-    struct vfiopy_request *requests;
-    struct vfiopy_mapping_object **mappings;
+    size_t count; /* of pieces that are there; as many handles */
+    struct vfiopy_piece *pieces;
+    PyObject *mappings; /* a list */
 };
 
 static struct vfiopy_space_base *of(PyObject *object)
@@ -16,44 +17,50 @@ static struct vfiopy_space_base *of(PyObject *object)
     return (struct vfiopy_space_base *)object;
 }
 
+static struct vfiopy_mapping_object *mapping_at(PyObject *list, Py_ssize_t index)
+{
+    return (struct vfiopy_mapping_object *)PyList_GetItem(list, index);
+}
+
 /* Drop what the book did not take. */
 static void clear(struct batch *batch)
 {
     for (size_t i = 0; i < batch->count; i++) {
-        if (i >= batch->done && batch->requests)
-            Py_XDECREF((PyObject *)batch->requests[i].memory);
-        if (batch->mappings)
-            Py_XDECREF((PyObject *)batch->mappings[i]);
+        if (!batch->pieces[i].kept)
+            Py_DECREF((PyObject *)batch->pieces[i].memory);
     }
-    free(batch->requests);
-    free(batch->mappings);
+    free(batch->pieces);
+    Py_XDECREF(batch->mappings);
 }
 
 /* 1: all of it is plain memory; 0: it is not; -1 with an error set. Ends with clear() in any case. */
-static int prepare(PyObject *object, PyObject *things, const struct vfiopy_request *like, struct batch *batch)
+static int prepare(PyObject *object, PyObject *things, uint8_t prot, struct batch *batch)
 {
-    batch->count = (size_t)PyList_Size(things);
-    batch->requests = calloc(batch->count ? batch->count : 1, sizeof(*batch->requests));
-    batch->mappings = calloc(batch->count ? batch->count : 1, sizeof(*batch->mappings));
-    if (!batch->requests || !batch->mappings) {
+    Py_ssize_t count = PyList_Size(things);
+
+    batch->mappings = PyList_New(count);
+    batch->pieces = malloc((count ? (size_t)count : 1) * sizeof(*batch->pieces));
+    if (!batch->mappings)
+        return -1;
+    if (!batch->pieces) {
         PyErr_NoMemory();
         return -1;
     }
-    for (size_t i = 0; i < batch->count; i++) {
-        struct vfiopy_host_memory *memory = vfiopy_plain_memory(PyList_GetItem(things, (Py_ssize_t)i), like->prot);
+    /* The list may be changed by what exporting a buffer does. */
+    for (Py_ssize_t i = 0; i < count && i < PyList_Size(things); i++) {
+        struct vfiopy_host_memory *memory = vfiopy_plain_memory(PyList_GetItem(things, i), prot);
+        struct vfiopy_mapping_object *mapping;
 
         if (!memory)
             return PyErr_Occurred() ? -1 : 0;
-        batch->requests[i] = *like;
-        batch->requests[i].memory = memory;
-        batch->requests[i].address = memory->address;
-        batch->requests[i].size = memory->size;
-        batch->mappings[i] = vfiopy_mapping_new(object);
-        if (!batch->mappings[i])
+        batch->pieces[i] = (struct vfiopy_piece){memory, memory->address, memory->size, 0, 0, false};
+        batch->count++;
+        mapping = vfiopy_mapping_new(object);
+        if (!mapping || PyList_SetItem(batch->mappings, i, (PyObject *)mapping))
             return -1;
-        batch->mappings[i]->address = memory->address;
-        batch->mappings[i]->size = memory->size;
-        batch->mappings[i]->prot = like->prot;
+        mapping->address = memory->address;
+        mapping->size = memory->size;
+        mapping->prot = prot;
     }
     return 1;
 }
@@ -92,25 +99,28 @@ static PyObject *chain(PyObject *error, PyObject *next)
 }
 
 /*
- * Take down again the first `mapped` of the list, last first, after one map failed with `error`, which is taken over;
- * sets the error to raise. What fails does not end it, and neither does a KeyboardInterrupt: nobody else has handles.
+ * Take down again what is mapped of the list, last first, after one map failed with `error`, which is taken over; sets
+ * the error to raise. What fails does not end it, and neither does a KeyboardInterrupt: nobody else has handles.
  * It is tried a second time; what is mapped even then is named in a note.
  */
-static void roll_back(PyObject *mappings, Py_ssize_t mapped, PyObject *error)
+static void roll_back(PyObject *mappings, PyObject *error)
 {
+    Py_ssize_t count = PyList_Size(mappings);
     bool trouble = false;
 
-    for (Py_ssize_t at = mapped; at-- > 0;) {
-        if (vfiopy_mapping_take_down((struct vfiopy_mapping_object *)PyList_GetItem(mappings, at), 0)) {
+    for (Py_ssize_t at = count; at-- > 0;) {
+        struct vfiopy_mapping_object *mapping = mapping_at(mappings, at);
+
+        if (mapping->serial && vfiopy_mapping_take_down(mapping, 0)) {
             error = chain(error, take_error());
             trouble = true;
         }
     }
-    for (Py_ssize_t at = trouble ? mapped : 0; at-- > 0;) {
+    for (Py_ssize_t at = trouble ? count : 0; at-- > 0;) {
         PyObject *mapping = PyList_GetItem(mappings, at), *note, *answer = NULL;
         int left = PyObject_IsTrue(mapping);
 
-        if (left > 0 && !vfiopy_mapping_take_down((struct vfiopy_mapping_object *)mapping, 0))
+        if (left > 0 && !vfiopy_mapping_take_down(mapping_at(mappings, at), 0))
             continue;
         if (PyErr_Occurred())
             error = chain(error, take_error());
@@ -140,38 +150,29 @@ static PyObject *take_back(PyObject *object, PyObject *const *args, Py_ssize_t n
             return NULL;
         }
     }
-    roll_back(args[0], PyList_Size(args[0]), Py_NewRef(args[1]));
+    roll_back(args[0], Py_NewRef(args[1]));
     return NULL;
 }
 
-static PyObject *map_all(PyObject *object, struct batch *batch)
+static PyObject *map_all(PyObject *object, const struct vfiopy_request *like, struct batch *batch)
 {
     struct vfiopy_space *space = vfiopy_space_of(of(object)->book);
     struct vfiopy_failure failure = {0};
-    PyObject *list = PyList_New((Py_ssize_t)batch->count);
-    size_t i = 0;
-    int result = VFIOPY_OK;
+    int result;
 
-    if (!list)
-        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    for (; i < batch->count && !result; i++) {
-        struct vfiopy_request *request = &batch->requests[i];
-
-        failure.asked = (struct vfiopy_range){request->iova, request->iova + (request->size - 1)};
-        result = vfiopy_space_map(space, request, &batch->mappings[i]->iova, &batch->mappings[i]->serial, &failure);
-    }
+    result = vfiopy_space_map_many(space, like, batch->pieces, batch->count, &failure);
     Py_END_ALLOW_THREADS
-    for (size_t at = 0; at < batch->count; at++)
-        PyList_SetItem(list, (Py_ssize_t)at, Py_NewRef((PyObject *)batch->mappings[at]));
-    if (!result) {
-        batch->done = batch->count;
-        return list;
+    for (size_t i = 0; i < batch->count; i++) {
+        struct vfiopy_mapping_object *mapping = mapping_at(batch->mappings, (Py_ssize_t)i);
+
+        mapping->iova = batch->pieces[i].iova;
+        mapping->serial = batch->pieces[i].serial;
     }
-    batch->done = failure.kept ? i : i - 1;
+    if (!result)
+        return Py_NewRef(batch->mappings);
     vfiopy_raise_failure(of(object)->book, "map", &failure, NULL);
-    roll_back(list, (Py_ssize_t)i - 1, take_error());
-    Py_DECREF(list);
+    roll_back(batch->mappings, take_error());
     return NULL;
 }
 
@@ -210,9 +211,9 @@ static PyObject *map_many(PyObject *object, PyObject *const *args, Py_ssize_t na
     if (vfiopy_space_is_direct(of(object)) && !vfiopy_leftovers_wait()) {
         struct batch batch = {0};
 
-        plain = prepare(object, things, &like, &batch);
+        plain = prepare(object, things, like.prot, &batch);
         if (plain > 0)
-            mappings = map_all(object, &batch);
+            mappings = map_all(object, &like, &batch);
         clear(&batch);
     }
     if (!plain)
@@ -223,48 +224,37 @@ static PyObject *map_many(PyObject *object, PyObject *const *args, Py_ssize_t na
 
 /* --- unmap_many() -------------------------------------------------------------------------------------------- */
 
-/* As many as go at once, from `first` on, in one go; the number of the first that does not. */
-static Py_ssize_t unmap_at_once(struct vfiopy_space *space, struct vfiopy_mapping_object **mappings, Py_ssize_t first,
-                                Py_ssize_t count, struct vfiopy_gone *gone, struct vfiopy_failure *failure)
+/* As many of the handles as go at once; how many. A failure is the next one's. */
+static size_t unmap_at_once(PyObject *object, const struct vfiopy_handle *handles, size_t count,
+                            struct vfiopy_failure *failure)
 {
-    bool done = true;
-    int result = VFIOPY_OK;
+    struct vfiopy_gone gone = {0};
+    size_t done;
 
     Py_BEGIN_ALLOW_THREADS
-    while (first < count && done && !result) {
-        struct vfiopy_unmap unmap = {
-            .range = {mappings[first]->iova, mappings[first]->iova},
-            .exact = true,
-            .serial = mappings[first]->serial,
-            .gone = *gone,
-        };
-
-        result = vfiopy_unmap_at_once(space, &unmap, &done, failure);
-        *gone = unmap.gone;
-        failure->asked = unmap.range;
-        first += done;
-    }
+    vfiopy_space_unmap_idle_many(vfiopy_space_of(of(object)->book), handles, count, &done, &gone, failure);
     Py_END_ALLOW_THREADS
-    return first;
+    vfiopy_drop_gone(&gone);
+    return done;
 }
 
-static int unmap_list(PyObject *object, struct vfiopy_mapping_object **mappings, Py_ssize_t count, double timeout)
+/* The handles belong to the mappings of the list, which nobody else has. */
+static int unmap_list(PyObject *object, PyObject *list, const struct vfiopy_handle *handles, double timeout)
 {
-    Py_ssize_t at = 0;
+    size_t count = (size_t)PyList_Size(list), at = 0;
 
     while (at < count) {
         struct vfiopy_failure failure = {0};
-        struct vfiopy_gone gone = {0};
 
         if (vfiopy_space_is_direct(of(object))) {
-            at = unmap_at_once(vfiopy_space_of(of(object)->book), mappings, at, count, &gone, &failure);
-            vfiopy_drop_gone(&gone);
+            at += unmap_at_once(object, handles + at, count - at, &failure);
             if (failure.result) {
+                failure.asked = (struct vfiopy_range){failure.clash.first, failure.clash.last};
                 vfiopy_raise_failure(of(object)->book, "unmap", &failure, NULL);
                 return -1;
             }
         }
-        if (at < count && vfiopy_mapping_take_down(mappings[at++], timeout))
+        if (at < count && vfiopy_mapping_take_down(mapping_at(list, (Py_ssize_t)at++), timeout))
             return -1;
     }
     return 0;
@@ -273,7 +263,7 @@ static int unmap_list(PyObject *object, struct vfiopy_mapping_object **mappings,
 static PyObject *unmap_many(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
 {
     static const char *const names[] = {"mappings", "timeout", NULL};
-    struct vfiopy_mapping_object **mappings;
+    struct vfiopy_handle *handles;
     PyObject *given[2], *list;
     double timeout = 0;
     Py_ssize_t count;
@@ -286,23 +276,23 @@ static PyObject *unmap_many(PyObject *object, PyObject *const *args, Py_ssize_t 
     if (!list)
         return NULL;
     count = PyList_Size(list);
-    mappings = calloc(count ? (size_t)count : 1, sizeof(*mappings));
-    if (!mappings) {
+    handles = malloc((count ? (size_t)count : 1) * sizeof(*handles));
+    if (!handles) {
         Py_DECREF(list);
         return PyErr_NoMemory();
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PyList_GetItem(list, i);
+        struct vfiopy_mapping_object *mapping = mapping_at(list, i);
 
-        if (!vfiopy_is_mapping(item) || ((struct vfiopy_mapping_object *)item)->space != object) {
-            PyErr_Format(PyExc_ValueError, "%R is no mapping of this address space", item);
+        if (!vfiopy_is_mapping((PyObject *)mapping) || mapping->space != object) {
+            PyErr_Format(PyExc_ValueError, "%R is no mapping of this address space", mapping);
             goto out;
         }
-        mappings[i] = (struct vfiopy_mapping_object *)item;
+        handles[i] = (struct vfiopy_handle){mapping->iova, mapping->serial};
     }
-    result = unmap_list(object, mappings, count, timeout);
+    result = unmap_list(object, list, handles, timeout);
 out:
-    free(mappings);
+    free(handles);
     Py_DECREF(list);
     return result ? NULL : Py_NewRef(Py_None);
 }

@@ -218,8 +218,11 @@ PyObject *vfiopy_holders_list(PyObject *self, struct vfiopy_range range)
 
 void vfiopy_drop_gone(struct vfiopy_gone *gone)
 {
-    void *memory;
+    void *memories[64];
+    size_t count;
 
-    while (vfiopy_gone_pop(gone, &memory))
-        Py_XDECREF((PyObject *)memory);
+    while ((count = vfiopy_gone_take(gone, memories, 64))) {
+        for (size_t i = 0; i < count; i++)
+            Py_XDECREF((PyObject *)memories[i]);
+    }
 }

@@ -136,24 +136,24 @@ int vfiopy_iova_finish(PyObject *self, const char *operation, struct vfiopy_unma
 }
 
 /* The common case in one go. 1: done; 0: it is not that simple; -1 with an error set. */
-static int at_once(PyObject *self, const char *operation, struct vfiopy_unmap *unmap)
+static int at_once(PyObject *self, const char *operation, const struct vfiopy_handle *handle, uint64_t *bytes)
 {
     struct vfiopy_space *space = vfiopy_space_of(self);
     struct vfiopy_failure failure = {0};
-    bool done;
+    void *memory = NULL;
     int result;
 
     if (vfiopy_space_has_mappers(space)) {
         Py_BEGIN_ALLOW_THREADS
-        result = vfiopy_unmap_at_once(space, unmap, &done, &failure);
+        result = vfiopy_space_unmap_idle(space, handle, bytes, &memory, &failure);
         Py_END_ALLOW_THREADS
     } else {
-        result = vfiopy_unmap_at_once(space, unmap, &done, &failure);
+        result = vfiopy_space_unmap_idle(space, handle, bytes, &memory, &failure);
     }
-    vfiopy_drop_gone(&unmap->gone);
+    Py_XDECREF((PyObject *)memory);
     if (!result)
-        return done;
-    failure.asked = unmap->range;
+        return *bytes != 0;
+    failure.asked = (struct vfiopy_range){failure.clash.first, failure.clash.last};
     vfiopy_raise_failure(self, operation, &failure, NULL);
     return -1;
 }
@@ -165,28 +165,38 @@ static PyObject *run(PyObject *self, const char *operation, struct vfiopy_unmap 
 
     if (vfiopy_iova_elsewhere(self) || (timeout && vfiopy_get_timeout(timeout, &seconds)))
         return NULL;
-    if (unmap->exact)
-        done = at_once(self, operation, unmap);
+    if (unmap->exact) {
+        const struct vfiopy_handle handle = {unmap->range.first, unmap->serial};
+
+        done = at_once(self, operation, &handle, &unmap->bytes);
+    }
     if (done < 0 ||
         (!done && (get_ready(self, operation, unmap, seconds) || vfiopy_iova_finish(self, operation, unmap))))
         return NULL;
     return PyLong_FromUnsignedLongLong(unmap->bytes);
 }
 
-int vfiopy_iova_unmap_one(PyObject *book, uint64_t iova, uint64_t serial, double timeout)
+/* As vfiopy_iova_unmap_one, where it is not that simple. */
+static int unmap_in_steps(PyObject *book, const struct vfiopy_handle *handle, double timeout)
 {
-    struct vfiopy_unmap unmap = {.range = {iova, iova}, .exact = true, .serial = serial};
+    struct vfiopy_unmap unmap = {.range = {handle->iova, handle->iova}, .exact = true, .serial = handle->serial};
     struct vfiopy_view view;
-    int done = at_once(book, "unmap", &unmap);
 
-    if (done)
-        return done;
-    if (!vfiopy_space_find(vfiopy_space_of(book), iova, &view))
+    if (!vfiopy_space_find(vfiopy_space_of(book), handle->iova, &view))
         return 0;
     Py_XDECREF((PyObject *)view.memory);
-    if (view.serial != serial)
+    if (view.serial != handle->serial)
         return 0;
     return get_ready(book, "unmap", &unmap, timeout) || vfiopy_iova_finish(book, "unmap", &unmap) ? -1 : 1;
+}
+
+int vfiopy_iova_unmap_one(PyObject *book, uint64_t iova, uint64_t serial, double timeout)
+{
+    const struct vfiopy_handle handle = {iova, serial};
+    uint64_t bytes;
+    int done = at_once(book, "unmap", &handle, &bytes);
+
+    return done ? done : unmap_in_steps(book, &handle, timeout);
 }
 
 static int get_bounds(const char *operation, PyObject *first, PyObject *last, struct vfiopy_unmap *unmap)

@@ -124,8 +124,15 @@ static void unmap(struct world *world)
     bool done = false;
     int result;
 
-    if (unmap.exact)
-        CHECK(!vfiopy_unmap_at_once(world->space, &unmap, &done, &failure) || world->failing);
+    if (unmap.exact) {
+        struct vfiopy_handle handle = {.iova = unmap.range.first};
+        void *memory;
+
+        CHECK(!vfiopy_space_unmap_idle(world->space, &handle, &unmap.bytes, &memory, &failure) || world->failing);
+        done = unmap.bytes;
+        if (done)
+            unmap.range.last = unmap.range.first + (unmap.bytes - 1);
+    }
     step = done || failure.result ? VFIOPY_STEP_FAILED : vfiopy_unmap_step(world->space, &unmap, &failure);
     if (step == VFIOPY_STEP_NOTIFY) {
         CHECK_EQUAL(unmap.notice_count, 0); /* no owner has a callback */

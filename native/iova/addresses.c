@@ -35,8 +35,7 @@ static int lose(struct vfiopy_space *space, struct vfiopy_mapping *mapping, stru
 
     if (result)
         return result;
-    if (mapping->address_known)
-        vfiopy_rb_erase(&space->by_address, &mapping->address.rb);
+    vfiopy_unlist_address(space, mapping);
     mapping->address_known = false;
     mapping->address_lost = true;
     space->lost_addresses++;
@@ -47,10 +46,9 @@ static void found(struct vfiopy_space *space, struct vfiopy_mapping *mapping)
 {
     uint64_t first = mapping->address.first, last = first + (mapping->iova.last - mapping->iova.first);
 
-    mapping->address.last = mapping->address.max_last = last;
+    mapping->address.last = last;
     mapping->address_known = first && last >= first;
-    if (mapping->address_known)
-        vfiopy_interval_insert(&space->by_address, &mapping->address);
+    vfiopy_list_address(space, mapping);
     mapping->address_lost = false;
     space->lost_addresses--;
 }

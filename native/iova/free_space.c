@@ -57,17 +57,18 @@ static void set_bounds(struct vfiopy_free_space *space, struct vfiopy_free *rang
     range->span = last - first;
 }
 
-/* Change a range where it stands: it stays in the same gap between its neighbours. */
+/* Grow or shrink a range where it stands: it stays in the same gap between its neighbours. */
 static void resize(struct vfiopy_free_space *space, struct vfiopy_free *range, uint64_t first, uint64_t last)
 {
     struct vfiopy_rb_tree *tree = &space->by_size[range->zone];
-    struct vfiopy_free *down = sized(vfiopy_rb_step(&range->by_size, 0));
-    struct vfiopy_free *up = sized(vfiopy_rb_step(&range->by_size, 1));
+    int side = last - first > range->span; /* only the next one in that direction can be passed */
+    struct vfiopy_free *next = sized(vfiopy_rb_step(&range->by_size, side));
+    bool moved = first != range->first;
 
     set_bounds(space, range, first, last);
-    vfiopy_rb_touch(&space->by_iova, &range->where.rb);
-    if ((!down || smaller(down, range)) && (!up || smaller(range, up))) {
-        vfiopy_rb_touch(tree, &range->by_size);
+    if (!next || (side ? smaller(range, next) : smaller(next, range))) {
+        if (moved)
+            vfiopy_rb_touch(tree, &range->by_size);
     } else {
         vfiopy_rb_erase(tree, &range->by_size);
         insert_by_size(space, range);
@@ -81,7 +82,6 @@ static void add(struct vfiopy_free_space *space, uint8_t zone, uint64_t first, u
     range->span = 0;
     range->zone = zone;
     set_bounds(space, range, first, last);
-    range->where.max_last = last;
     vfiopy_interval_insert(&space->by_iova, &range->where);
     insert_by_size(space, range);
 }
@@ -120,6 +120,7 @@ void vfiopy_free_clear(struct vfiopy_free_space *space)
         node = parent;
     }
     space->by_iova.top = NULL;
+    space->has_last = false;
     for (int zone = 0; zone < VFIOPY_ZONES; zone++)
         space->by_size[zone].top = NULL;
     space->spans = 0;
@@ -130,10 +131,12 @@ void vfiopy_free_destroy(struct vfiopy_free_space *space)
     vfiopy_pool_destroy(&space->pool);
 }
 
-struct vfiopy_free *vfiopy_free_holding(const struct vfiopy_free_space *space, uint64_t first, uint64_t last)
+struct vfiopy_free *vfiopy_free_holding(struct vfiopy_free_space *space, uint64_t first, uint64_t last)
 {
-    struct vfiopy_interval *where = vfiopy_interval_at(&space->by_iova, first);
+    struct vfiopy_interval *where;
 
+    vfiopy_free_settle(space);
+    where = vfiopy_interval_at(&space->by_iova, first);
     return where && where->last >= last ? (struct vfiopy_free *)where : NULL;
 }
 
@@ -204,7 +207,7 @@ static bool fits(const struct vfiopy_free *range, const struct vfiopy_wish *wish
     return true;
 }
 
-struct vfiopy_free *vfiopy_free_find(const struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
+struct vfiopy_free *vfiopy_free_find(struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
                                      uint64_t *iova)
 {
     const struct vfiopy_rb_tree *tree = &space->by_size[wish->zone];
@@ -214,6 +217,11 @@ struct vfiopy_free *vfiopy_free_find(const struct vfiopy_free_space *space, cons
 
     if (wish->span > wish->limit)
         return NULL;
+    if (space->has_last) {
+        if (space->last.span == wish->span && space->last.zone == wish->zone && fits(&space->last, wish, iova))
+            return &space->last;
+        vfiopy_free_settle(space);
+    }
     highest = wish->limit - wish->span;
     for (range = first_fit(tree, wish->span, highest); range && tried < TIGHT_FITS;
          range = next_fit(range, highest), tried++) {
@@ -242,7 +250,10 @@ void vfiopy_free_take(struct vfiopy_free_space *space, struct vfiopy_free *from,
 {
     uint64_t begin = from->where.first, end = from->where.last;
 
-    if (begin == first && end == last) {
+    if (from == &space->last) {
+        space->has_last = false;
+        space->spans -= from->span;
+    } else if (begin == first && end == last) {
         drop(space, from);
     } else if (begin == first) {
         resize(space, from, last + 1, end);
@@ -253,7 +264,7 @@ void vfiopy_free_take(struct vfiopy_free_space *space, struct vfiopy_free *from,
     }
 }
 
-void vfiopy_free_give(struct vfiopy_free_space *space, const struct vfiopy_cell *cell, uint64_t first, uint64_t last)
+static void put(struct vfiopy_free_space *space, const struct vfiopy_cell *cell, uint64_t first, uint64_t last)
 {
     struct vfiopy_interval *before, *after;
     struct vfiopy_free *below, *above;
@@ -275,10 +286,32 @@ void vfiopy_free_give(struct vfiopy_free_space *space, const struct vfiopy_cell 
     }
 }
 
-uint64_t vfiopy_free_largest_span(const struct vfiopy_free_space *space)
+void vfiopy_free_settle(struct vfiopy_free_space *space)
+{
+    if (!space->has_last)
+        return;
+    space->has_last = false;
+    space->spans -= space->last.span;
+    put(space, &space->last_cell, space->last.where.first, space->last.where.last);
+}
+
+void vfiopy_free_give(struct vfiopy_free_space *space, const struct vfiopy_cell *cell, uint64_t first, uint64_t last)
+{
+    vfiopy_free_settle(space);
+    space->last.where.first = space->last.first = first;
+    space->last.where.last = last;
+    space->last.span = last - first;
+    space->last.zone = cell->zone;
+    space->last_cell = *cell;
+    space->has_last = true;
+    space->spans += last - first;
+}
+
+uint64_t vfiopy_free_largest_span(struct vfiopy_free_space *space)
 {
     uint64_t largest = 0;
 
+    vfiopy_free_settle(space);
     for (int zone = 0; zone < VFIOPY_ZONES; zone++) {
         const struct vfiopy_free *range = sized(vfiopy_rb_end(&space->by_size[zone], 1));
 

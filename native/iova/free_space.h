@@ -22,17 +22,22 @@ struct vfiopy_free {
     uint64_t lowest;                       /* the lowest `first` of the subtree in by_size */
 };
 
+/* Usable IOVAs that belong together: free ranges never reach from one cell into another. */
+struct vfiopy_cell {
+    uint64_t first, last;
+    uint8_t zone;
+};
+
 struct vfiopy_free_space {
     struct vfiopy_rb_tree by_iova;
     struct vfiopy_rb_tree by_size[VFIOPY_ZONES];
     struct vfiopy_pool pool; /* what is in use is in the trees */
     uint64_t spans;          /* sum of (size - 1) */
-};
 
-/* Usable IOVAs that belong together: free ranges never reach from one cell into another. */
-struct vfiopy_cell {
-    uint64_t first, last;
-    uint8_t zone;
+    /* What was given back last is in no tree yet: the next one of its size takes it as it is. */
+    struct vfiopy_free last;
+    struct vfiopy_cell last_cell;
+    bool has_last;
 };
 
 struct vfiopy_wish {
@@ -53,11 +58,15 @@ static inline bool vfiopy_free_reserve(struct vfiopy_free_space *space, size_t r
     return vfiopy_pool_reserve(&space->pool, ranges);
 }
 
-/* The free range that holds all of [first, last], or NULL. */
-struct vfiopy_free *vfiopy_free_holding(const struct vfiopy_free_space *space, uint64_t first, uint64_t last);
+/* Put what was given back last to the others. The trees and sums say all there is only after that. */
+void vfiopy_free_settle(struct vfiopy_free_space *space);
 
-/* Best fit: the smallest range in which the wish can be had, at its lowest place. Never IOVA 0. */
-struct vfiopy_free *vfiopy_free_find(const struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
+/* The free range that holds all of [first, last], or NULL. */
+struct vfiopy_free *vfiopy_free_holding(struct vfiopy_free_space *space, uint64_t first, uint64_t last);
+
+/* What was given back last, if it is just right; else best fit: the smallest range in which the wish can be had, at its
+ * lowest place. Never IOVA 0. */
+struct vfiopy_free *vfiopy_free_find(struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
                                      uint64_t *iova);
 
 void vfiopy_free_take(struct vfiopy_free_space *space, struct vfiopy_free *from, uint64_t first, uint64_t last);
@@ -66,8 +75,9 @@ void vfiopy_free_give(struct vfiopy_free_space *space, const struct vfiopy_cell 
 /* No range is free any more. */
 void vfiopy_free_clear(struct vfiopy_free_space *space);
 
-uint64_t vfiopy_free_largest_span(const struct vfiopy_free_space *space);
+uint64_t vfiopy_free_largest_span(struct vfiopy_free_space *space);
 
+/* Settled. */
 const char *vfiopy_free_verify(const struct vfiopy_free_space *space);
 
 #endif

@@ -334,6 +334,7 @@ struct vfiopy_range *vfiopy_space_ranges(struct vfiopy_space *space, enum vfiopy
         copy = copy_ranges(&geometry->transient, *count, *count);
         break;
     case VFIOPY_FREE:
+        vfiopy_free_settle(&space->free);
         *count = space->free.pool.used;
         copy = copy_ranges(NULL, 0, *count);
         if (copy) {

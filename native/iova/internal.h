@@ -10,6 +10,9 @@
 
 struct vfiopy_pins;
 
+/* How many mappings are worked on together: so long the lock is held. */
+enum { VFIOPY_BATCH = 128 };
+
 /* One cache line for searches by IOVA, one for searches by address, and the rest. */
 struct vfiopy_mapping {
     struct vfiopy_interval iova;
@@ -21,7 +24,7 @@ struct vfiopy_mapping {
     bool handed_out; /* reserved or marked unmapping for a caller with mappers of its own */
     bool told;       /* its owners were told by operation unmap_id */
 
-    struct vfiopy_interval address; /* in the tree if `address_known` and not reserved */
+    struct vfiopy_interval address; /* in the tree if there is one, `address_known` and not reserved */
     struct vfiopy_pins *pins;       /* NULL before the first pin */
     uint64_t serial;
 
@@ -63,6 +66,7 @@ struct vfiopy_space {
     pthread_cond_t changed; /* a mapping is no longer busy or lost its pins, a mapper its last call */
     unsigned waiters;
     struct vfiopy_rb_tree by_iova, by_address;
+    bool addresses_listed; /* by_address is made when it is first looked into, and kept from then on */
     struct vfiopy_free_space free;
     struct vfiopy_pool pool; /* of mappings; those that are gone but not popped count as used */
     struct vfiopy_geometry geometry;
@@ -97,7 +101,7 @@ static inline struct vfiopy_mapping *vfiopy_mapping_at(const struct vfiopy_space
 /* The lowest mapping that touches the range, or NULL. */
 static inline struct vfiopy_mapping *vfiopy_mapping_in(const struct vfiopy_space *space, struct vfiopy_range range)
 {
-    return vfiopy_mapping_of(vfiopy_interval_overlap(&space->by_iova, range.first, range.last));
+    return vfiopy_mapping_of(vfiopy_interval_in(&space->by_iova, range.first, range.last));
 }
 
 static inline struct vfiopy_mapping *vfiopy_mapping_after(const struct vfiopy_mapping *mapping)
@@ -114,6 +118,27 @@ static inline struct vfiopy_mapping *vfiopy_mapping_next_in(const struct vfiopy_
     return next && next->iova.first <= range.last ? next : NULL;
 }
 
+/* Two ways by which a mapping that is not just reserved comes into by_address, and out of it. */
+static inline void vfiopy_list_address(struct vfiopy_space *space, struct vfiopy_mapping *mapping)
+{
+    if (space->addresses_listed && mapping->address_known)
+        vfiopy_interval_insert(&space->by_address, &mapping->address);
+}
+
+static inline void vfiopy_unlist_address(struct vfiopy_space *space, struct vfiopy_mapping *mapping)
+{
+    if (space->addresses_listed && mapping->address_known)
+        vfiopy_rb_erase(&space->by_address, &mapping->address.rb);
+}
+
+/* Could memory of this size contain a page larger than the smallest? */
+static inline bool vfiopy_takes_large_page(const struct vfiopy_space *space, uint64_t size)
+{
+    uint64_t larger = space->geometry.page_sizes & (space->geometry.page_sizes - 1);
+
+    return larger && size >= (larger & -larger);
+}
+
 static inline bool vfiopy_state_is_mapped(uint8_t state)
 {
     return state == VFIOPY_LIVE || state == VFIOPY_CLOSING;
@@ -126,10 +151,17 @@ static inline void vfiopy_set_state(struct vfiopy_space *space, struct vfiopy_ma
     space->states[state]++;
 }
 
-/* lock.c */
-void vfiopy_lock(struct vfiopy_space *space);
-void vfiopy_unlock(struct vfiopy_space *space);
-/* Wait for any change; the lock is let go meanwhile. */
+static inline void vfiopy_lock(struct vfiopy_space *space)
+{
+    pthread_mutex_lock(&space->lock);
+}
+
+static inline void vfiopy_unlock(struct vfiopy_space *space)
+{
+    pthread_mutex_unlock(&space->lock);
+}
+
+/* lock.c: wait for any change; the lock is let go meanwhile. */
 void vfiopy_wait(struct vfiopy_space *space);
 static inline void vfiopy_changed(struct vfiopy_space *space)
 {
@@ -155,6 +187,33 @@ int vfiopy_views_add(const struct vfiopy_space *space, const struct vfiopy_mappi
 
 /* gone.c; with the lock: erase a mapping (its mappers no longer have it) and hand it over. */
 void vfiopy_erase(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_gone *gone);
+/* The same, for several that follow each other: their range is given back by the caller. */
+void vfiopy_take_out(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_gone *gone);
+/* Free the first of those that are there; what it kept alive. With the lock. */
+void *vfiopy_gone_free(struct vfiopy_gone *gone);
+
+/* map.c; with the lock. Where it can be, and in which free range; room for one more mapping is made. */
+int vfiopy_find_place(struct vfiopy_space *space, const struct vfiopy_request *request, struct vfiopy_free **from,
+                      uint64_t *iova, struct vfiopy_failure *failure);
+/* Put a reserved mapping into the book. `before`: one that may be next to it, below, or NULL. */
+struct vfiopy_mapping *vfiopy_put(struct vfiopy_space *space, const struct vfiopy_request *request, uint64_t iova,
+                                  struct vfiopy_mapping *before);
+/* Make a reserved and busy mapping, for which its mappers were asked with this result, live; else it is gone or
+ * unknown. A mapper may have joined: the lock is let go to call it too. */
+int vfiopy_settle(struct vfiopy_space *space, struct vfiopy_mapping *mapping, int result, struct vfiopy_gone *gone,
+                  struct vfiopy_failure *failure);
+
+/* unmap_list.c; with the lock */
+struct vfiopy_tally {
+    uint64_t bytes;
+    size_t mappings;
+};
+/* Unmap and erase a list (by `next`) of what is unmapping and busy, up to the first failure; what is left is as it was.
+ * Adds to the tally. The lock is let go for the mappers' calls. */
+int vfiopy_unmap_list(struct vfiopy_space *space, struct vfiopy_mapping *list, struct vfiopy_tally *tally,
+                      struct vfiopy_gone *gone, struct vfiopy_failure *failure);
+/* It was to be unmapped, but is not. */
+void vfiopy_stays(struct vfiopy_space *space, struct vfiopy_mapping *mapping, uint8_t state);
 
 /* geometry.c */
 int vfiopy_geometry_init(struct vfiopy_space *space, uint64_t page_size);
@@ -164,10 +223,15 @@ const struct vfiopy_cell *vfiopy_cell_of(const struct vfiopy_geometry *geometry,
 int vfiopy_fail_outside(const struct vfiopy_geometry *geometry, struct vfiopy_range asked,
                         struct vfiopy_failure *failure);
 
-/* mappers.c; with the lock, which is let go for the calls: the mapping is the caller's alone (busy) */
-int vfiopy_mappers_map(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_failure *failure);
-/* VFIOPY_OK: no mapper has it. Else failure->clash.state says whether it is live again or unknown. */
-int vfiopy_mappers_unmap(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_failure *failure);
+/*
+ * mappers.c; with the lock, which is let go for all the calls of a list (by `next`) together: its mappings are the
+ * caller's alone (busy). The one that failed, or NULL: for those behind it nothing was called.
+ */
+struct vfiopy_mapping *vfiopy_mappers_map(struct vfiopy_space *space, struct vfiopy_mapping *list,
+                                          struct vfiopy_failure *failure);
+/* No mapper has those before it any more; failure->clash.state says whether it is live again or unknown. */
+struct vfiopy_mapping *vfiopy_mappers_unmap(struct vfiopy_space *space, struct vfiopy_mapping *list,
+                                            struct vfiopy_failure *failure);
 /* Unmap what is unknown from every mapper that may have it; VFIOPY_OK: none has it any more. */
 int vfiopy_mappers_resync(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_failure *failure);
 

@@ -1,4 +1,7 @@
-/* Intervals with both ends included, in a tree that knows the largest end below each node. They may overlap. */
+/*
+ * Intervals with both ends included, in a tree. Where they may overlap the tree knows the largest end below each node;
+ * where they are disjoint their order says it all.
+ */
 #ifndef VFIOPY_IOVA_INTERVAL_H
 #define VFIOPY_IOVA_INTERVAL_H
 
@@ -7,17 +10,26 @@
 struct vfiopy_interval {
     struct vfiopy_rb rb;
     uint64_t first, last; /* the two that look-ups read share a cache line with the links */
-    uint64_t max_last;    /* of the whole subtree */
+    uint64_t max_last;    /* of the whole subtree; not kept where nothing overlaps */
 };
 
 bool vfiopy_interval_refresh(struct vfiopy_rb *node);
-/* Where nothing overlaps, the larger side ends last: the other need not be looked at. */
-bool vfiopy_interval_refresh_disjoint(struct vfiopy_rb *node);
 
 #define VFIOPY_INTERVAL_TREE {NULL, vfiopy_interval_refresh}
-#define VFIOPY_DISJOINT_TREE {NULL, vfiopy_interval_refresh_disjoint}
+#define VFIOPY_DISJOINT_TREE {NULL, NULL}
 
 void vfiopy_interval_insert(struct vfiopy_rb_tree *tree, struct vfiopy_interval *interval);
+
+/* The same without a search, where `before` is the one that will be next to it, below. */
+static inline void vfiopy_interval_insert_above(struct vfiopy_rb_tree *tree, struct vfiopy_interval *before,
+                                                struct vfiopy_interval *interval)
+{
+    struct vfiopy_rb *parent = &before->rb, *down = parent->kid[1];
+
+    for (; down; down = down->kid[0])
+        parent = down;
+    vfiopy_rb_insert(tree, &interval->rb, parent, parent == &before->rb);
+}
 
 /* An interval that contains `point`, or NULL. Only for trees whose intervals are disjoint. */
 static inline struct vfiopy_interval *vfiopy_interval_at(const struct vfiopy_rb_tree *tree, uint64_t point)
@@ -50,7 +62,23 @@ static inline void vfiopy_interval_around(const struct vfiopy_rb_tree *tree, uin
     }
 }
 
-/* The lowest interval that shares a value with [first, last], or NULL; and the next one after that. */
+/* The lowest interval that shares a value with [first, last], or NULL. Only for disjoint ones. */
+static inline struct vfiopy_interval *vfiopy_interval_in(const struct vfiopy_rb_tree *tree, uint64_t first,
+                                                         uint64_t last)
+{
+    struct vfiopy_interval *interval = (struct vfiopy_interval *)tree->top, *lowest = NULL;
+
+    while (interval) {
+        bool reaches = interval->last >= first;
+
+        if (reaches)
+            lowest = interval;
+        interval = (struct vfiopy_interval *)interval->rb.kid[!reaches];
+    }
+    return lowest && lowest->first <= last ? lowest : NULL;
+}
+
+/* The same where they may overlap; and the next one after that. */
 struct vfiopy_interval *vfiopy_interval_overlap(const struct vfiopy_rb_tree *tree, uint64_t first, uint64_t last);
 struct vfiopy_interval *vfiopy_interval_next_overlap(const struct vfiopy_interval *interval, uint64_t first,
                                                      uint64_t last);

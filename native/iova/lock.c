@@ -3,16 +3,6 @@
 
 #include "internal.h"
 
-void vfiopy_lock(struct vfiopy_space *space)
-{
-    pthread_mutex_lock(&space->lock);
-}
-
-void vfiopy_unlock(struct vfiopy_space *space)
-{
-    pthread_mutex_unlock(&space->lock);
-}
-
 void vfiopy_wait(struct vfiopy_space *space)
 {
     space->waiters++;

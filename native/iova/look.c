@@ -88,12 +88,26 @@ int vfiopy_space_overlapping(struct vfiopy_space *space, struct vfiopy_range ran
     return result;
 }
 
+/* Most books are never asked, and then need not keep the order. */
+static void list_addresses(struct vfiopy_space *space)
+{
+    struct vfiopy_mapping *mapping = vfiopy_mapping_of((struct vfiopy_interval *)vfiopy_rb_end(&space->by_iova, 0));
+
+    space->addresses_listed = true;
+    for (; mapping; mapping = vfiopy_mapping_after(mapping)) {
+        if (mapping->state != VFIOPY_RESERVED)
+            vfiopy_list_address(space, mapping);
+    }
+}
+
 int vfiopy_space_by_address(struct vfiopy_space *space, struct vfiopy_range range, struct vfiopy_views *views)
 {
     struct vfiopy_interval *address;
     int result = VFIOPY_OK;
 
     vfiopy_lock(space);
+    if (!space->addresses_listed)
+        list_addresses(space);
     for (address = vfiopy_interval_overlap(&space->by_address, range.first, range.last); address && !result;
          address = vfiopy_interval_next_overlap(address, range.first, range.last))
         result = vfiopy_views_add(space, VFIOPY_ENTRY(address, struct vfiopy_mapping, address), views);
@@ -159,6 +173,7 @@ void vfiopy_space_stats(struct vfiopy_space *space, struct vfiopy_stats *stats)
     }
     for (int state = 0; state <= VFIOPY_UNKNOWN; state++)
         stats->states[state] = space->states[state];
+    vfiopy_free_settle(&space->free);
     stats->free_ranges = space->free.pool.used;
     stats->free_spans = space->free.spans;
     stats->largest_free_span = vfiopy_free_largest_span(&space->free);

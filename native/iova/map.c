@@ -28,12 +28,13 @@ static int check_request(const struct vfiopy_request *request, uint64_t page, st
         return misaligned(failure, "alignment", request->alignment, page);
     if (fixed && (request->iova & (needed - 1)))
         return misaligned(failure, "iova", request->iova, needed);
-    if (request->size & (page - 1))
-        return misaligned(failure, "size", request->size, page);
-    if (request->address & (page - 1))
-        return misaligned(failure, "address", request->address, page);
-    if (request->fd_offset & (page - 1))
+    if ((request->size | request->address | request->fd_offset) & (page - 1)) {
+        if (request->size & (page - 1))
+            return misaligned(failure, "size", request->size, page);
+        if (request->address & (page - 1))
+            return misaligned(failure, "address", request->address, page);
         return misaligned(failure, "fd_offset", request->fd_offset, page);
+    }
     if (request->size - 1 > request->limit || (fixed && request->iova > request->limit - (request->size - 1))) {
         failure->value = request->limit;
         return vfiopy_fail(failure, VFIOPY_OVER_LIMIT);
@@ -51,7 +52,7 @@ static bool contains_page(uint64_t address, uint64_t size, uint64_t page)
 }
 
 /* Choose a place: congruent to the memory for the largest page that it could use, else for the next one. */
-static struct vfiopy_free *choose(const struct vfiopy_space *space, const struct vfiopy_request *request,
+static struct vfiopy_free *choose(struct vfiopy_space *space, const struct vfiopy_request *request,
                                   uint8_t zone, uint64_t *iova)
 {
     uint64_t sizes = space->geometry.page_sizes, smallest = sizes & -sizes;
@@ -60,6 +61,8 @@ static struct vfiopy_free *choose(const struct vfiopy_space *space, const struct
     uint64_t address = request->address ? request->address : request->fd_offset;
     struct vfiopy_wish wish = {.span = request->size - 1, .limit = request->limit, .zone = zone};
 
+    if (!vfiopy_takes_large_page(space, request->size))
+        sizes = smallest;
     while (sizes != smallest) {
         uint64_t page = UINT64_C(1) << (63 - __builtin_clzll(sizes));
         uint64_t shared = page < alignment ? page : alignment;
@@ -116,40 +119,45 @@ static int place(struct vfiopy_space *space, const struct vfiopy_request *reques
     return VFIOPY_NO_SPACE;
 }
 
+/* Field by field: zeroing all of it first would take longer. */
 static struct vfiopy_mapping *new_mapping(struct vfiopy_space *space, const struct vfiopy_request *request,
                                           uint64_t iova)
 {
     struct vfiopy_mapping *mapping = vfiopy_pool_take(&space->pool);
     uint64_t span = request->size - 1;
 
-    *mapping = (struct vfiopy_mapping){
-        .iova = {.first = iova, .last = iova + span, .max_last = iova + span},
-        .memory = request->memory,
-        .prot = request->prot,
-        .kind = request->kind,
-        .state = VFIOPY_RESERVED,
-        .address_known = request->address && request->address + span >= request->address,
-        .address = {.first = request->address, .last = request->address + span, .max_last = request->address + span},
-        .has_fd = request->fd >= 0,
-        .serial = ++space->last_serial,
-        .fd_offset = request->fd_offset,
-        .fd = request->fd,
-        .physical = request->physical,
-        .taken_over = request->take_over,
-    };
+    mapping->iova.first = iova;
+    mapping->iova.last = iova + span;
+    mapping->memory = request->memory;
+    mapping->prot = request->prot;
+    mapping->kind = request->kind;
+    mapping->state = VFIOPY_RESERVED;
+    mapping->address_known = request->address && request->address + span >= request->address;
+    mapping->has_fd = request->fd >= 0;
+    mapping->busy = false;
+    mapping->handed_out = false;
+    mapping->told = false;
+    mapping->address.first = request->address;
+    mapping->address.last = request->address + span;
+    mapping->pins = NULL;
+    mapping->serial = ++space->last_serial;
+    mapping->mapped_in = 0;
+    mapping->fd = request->fd;
+    mapping->fd_offset = request->fd_offset;
+    mapping->next = NULL;
+    mapping->physical = request->physical;
+    mapping->unmap_id = 0;
+    mapping->taken_over = request->take_over;
+    mapping->address_lost = false;
     return mapping;
 }
 
-/* On success the range is taken and the mapping is in the book, reserved; with the lock. */
-static int reserve_locked(struct vfiopy_space *space, const struct vfiopy_request *request,
-                          struct vfiopy_mapping **mapping, struct vfiopy_failure *failure)
+int vfiopy_find_place(struct vfiopy_space *space, const struct vfiopy_request *request, struct vfiopy_free **from,
+                      uint64_t *iova, struct vfiopy_failure *failure)
 {
     const struct vfiopy_geometry *geometry = &space->geometry;
-    struct vfiopy_free *from;
-    uint64_t iova;
-    int result;
+    int result = check_request(request, geometry->page_sizes & -geometry->page_sizes, failure);
 
-    result = check_request(request, geometry->page_sizes & -geometry->page_sizes, failure);
     if (result)
         return result;
     if (geometry->max_mappings && space->mappings >= geometry->max_mappings) {
@@ -159,14 +167,35 @@ static int reserve_locked(struct vfiopy_space *space, const struct vfiopy_reques
     if (!vfiopy_free_reserve(&space->free, space->mappings + 1 + geometry->cell_count) ||
         !vfiopy_pool_reserve(&space->pool, space->pool.used + 1))
         return vfiopy_fail(failure, VFIOPY_NO_MEMORY);
-    result = place(space, request, &from, &iova, failure);
-    if (result)
-        return result;
-    *mapping = new_mapping(space, request, iova);
-    vfiopy_free_take(&space->free, from, iova, iova + (request->size - 1));
-    vfiopy_interval_insert(&space->by_iova, &(*mapping)->iova);
+    return place(space, request, from, iova, failure);
+}
+
+struct vfiopy_mapping *vfiopy_put(struct vfiopy_space *space, const struct vfiopy_request *request, uint64_t iova,
+                                  struct vfiopy_mapping *before)
+{
+    struct vfiopy_mapping *mapping = new_mapping(space, request, iova);
+
+    if (before && before->iova.last == iova - 1)
+        vfiopy_interval_insert_above(&space->by_iova, &before->iova, &mapping->iova);
+    else
+        vfiopy_interval_insert(&space->by_iova, &mapping->iova);
     space->mappings++;
     space->states[VFIOPY_RESERVED]++;
+    return mapping;
+}
+
+/* On success the range is taken and the mapping is in the book, reserved; with the lock. */
+static int reserve_locked(struct vfiopy_space *space, const struct vfiopy_request *request,
+                          struct vfiopy_mapping **mapping, struct vfiopy_failure *failure)
+{
+    struct vfiopy_free *from;
+    uint64_t iova;
+    int result = vfiopy_find_place(space, request, &from, &iova, failure);
+
+    if (result)
+        return result;
+    vfiopy_free_take(&space->free, from, iova, iova + (request->size - 1));
+    *mapping = vfiopy_put(space, request, iova, NULL);
     return VFIOPY_OK;
 }
 
@@ -174,8 +203,7 @@ static void go_live(struct vfiopy_space *space, struct vfiopy_mapping *mapping)
 {
     uint64_t size = mapping->iova.last - mapping->iova.first + 1;
 
-    if (mapping->address_known)
-        vfiopy_interval_insert(&space->by_address, &mapping->address);
+    vfiopy_list_address(space, mapping);
     space->kind_mappings[mapping->kind]++;
     space->kind_bytes[mapping->kind] += size;
     space->mapped_bytes += size;
@@ -183,20 +211,15 @@ static void go_live(struct vfiopy_space *space, struct vfiopy_mapping *mapping)
     vfiopy_set_state(space, mapping, VFIOPY_LIVE);
 }
 
-/*
- * Make a reserved mapping that is the caller's own live in every mapper. A mapper may join meanwhile, so look
- * again after each round. With the lock, which is let go in between. On failure the mapping is gone or unknown.
- */
-static int commit_locked(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_gone *gone,
-                         struct vfiopy_failure *failure)
+int vfiopy_settle(struct vfiopy_space *space, struct vfiopy_mapping *mapping, int result, struct vfiopy_gone *gone,
+                  struct vfiopy_failure *failure)
 {
-    int result = VFIOPY_OK;
-
+    mapping->next = NULL;
     while (!result && (space->active & ~mapping->mapped_in)) {
-        mapping->busy = true;
-        result = vfiopy_mappers_map(space, mapping, failure);
-        mapping->busy = false;
+        if (vfiopy_mappers_map(space, mapping, failure))
+            result = failure->result;
     }
+    mapping->busy = false;
     if (!result) {
         go_live(space, mapping);
     } else if (!mapping->mapped_in) {
@@ -210,6 +233,16 @@ static int commit_locked(struct vfiopy_space *space, struct vfiopy_mapping *mapp
         vfiopy_fail_at(failure, result, mapping);
         failure->kept = true;
     }
+    return result;
+}
+
+static int commit_locked(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_gone *gone,
+                         struct vfiopy_failure *failure)
+{
+    int result;
+
+    mapping->busy = true;
+    result = vfiopy_settle(space, mapping, VFIOPY_OK, gone, failure);
     vfiopy_changed(space);
     return result;
 }
@@ -230,7 +263,7 @@ int vfiopy_space_map(struct vfiopy_space *space, const struct vfiopy_request *re
         result = commit_locked(space, mapping, &gone, failure);
     }
     if (gone.head)
-        vfiopy_pool_give(&space->pool, gone.head);
+        vfiopy_gone_free(&gone);
     vfiopy_unlock(space);
     return result;
 }

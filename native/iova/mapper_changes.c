@@ -54,7 +54,7 @@ int vfiopy_space_remove_mapper(struct vfiopy_space *space, uint32_t token, struc
             vfiopy_wait(space);
         mapping = vfiopy_mapping_of((struct vfiopy_interval *)vfiopy_rb_end(&space->by_iova, 0));
         for (; mapping; mapping = vfiopy_mapping_after(mapping))
-            vfiopy_set_mapped_in(space, mapping, mapping->mapped_in & ~VFIOPY_SLOT(slot));
+            vfiopy_set_mapped_in(mapping, mapping->mapped_in & ~VFIOPY_SLOT(slot));
         space->mappers[slot] = (struct vfiopy_mapper){0};
         space->present--;
     }
@@ -109,7 +109,7 @@ static bool is_missing(const struct vfiopy_mapping *mapping, uint32_t bit)
 static void set_mapped_in(struct vfiopy_space *space, struct vfiopy_mapping *mapping, int slot, bool there)
 {
     vfiopy_lock(space);
-    vfiopy_set_mapped_in(space, mapping,
+    vfiopy_set_mapped_in(mapping,
                          there ? mapping->mapped_in | VFIOPY_SLOT(slot) : mapping->mapped_in & ~VFIOPY_SLOT(slot));
     vfiopy_unlock(space);
 }
@@ -191,8 +191,17 @@ bool vfiopy_space_has_mappers(const struct vfiopy_space *space)
     return space->present != 0;
 }
 
+static uint64_t charged_bytes(const struct vfiopy_mapping *mapping)
+{
+    bool memory = mapping->kind == VFIOPY_HOST || mapping->kind == VFIOPY_FILE;
+
+    return memory ? mapping->iova.last - mapping->iova.first + 1 : 0;
+}
+
 size_t vfiopy_space_mappers(struct vfiopy_space *space, struct vfiopy_mapper_view views[VFIOPY_MAX_MAPPERS])
 {
+    struct vfiopy_mapper_view *at[VFIOPY_MAX_MAPPERS];
+    struct vfiopy_mapping *mapping;
     size_t count = 0;
 
     vfiopy_lock(space);
@@ -207,9 +216,16 @@ size_t vfiopy_space_mappers(struct vfiopy_space *space, struct vfiopy_mapper_vie
             .kind = mapper->kind,
             .fd = mapper->fd,
             .active = space->active & VFIOPY_SLOT(slot),
-            .mappings = mapper->mappings,
-            .charged = mapper->charged,
         };
+        at[slot] = &views[count - 1];
+    }
+    /* Nobody counts them while mapping: that is done all the time, and this is asked hardly ever. */
+    mapping = vfiopy_mapping_of((struct vfiopy_interval *)vfiopy_rb_end(&space->by_iova, 0));
+    for (; mapping; mapping = vfiopy_mapping_after(mapping)) {
+        for (uint32_t slots = mapping->mapped_in; slots; slots = vfiopy_without_lowest(slots)) {
+            at[__builtin_ctz(slots)]->mappings++;
+            at[__builtin_ctz(slots)]->charged += charged_bytes(mapping);
+        }
     }
     vfiopy_unlock(space);
     return count;

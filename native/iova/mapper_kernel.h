@@ -14,7 +14,6 @@ struct vfiopy_mapper {
     uint32_t token;  /* 0: the slot is free */
     uint32_t calls;  /* under way */
     bool leaving;
-    uint64_t mappings, charged; /* how many it has; bytes of them that count against RLIMIT_MEMLOCK */
     enum vfiopy_mapper_kind kind;
 };
 

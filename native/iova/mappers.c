@@ -17,25 +17,10 @@ void vfiopy_mappers_leave(struct vfiopy_space *space, uint32_t slots)
     vfiopy_changed(space);
 }
 
-static uint64_t charged_bytes(const struct vfiopy_mapping *mapping)
+void vfiopy_set_mapped_in(struct vfiopy_mapping *mapping, uint32_t slots)
 {
-    bool memory = mapping->kind == VFIOPY_HOST || mapping->kind == VFIOPY_FILE;
-
-    return memory ? mapping->iova.last - mapping->iova.first + 1 : 0;
-}
-
-void vfiopy_set_mapped_in(struct vfiopy_space *space, struct vfiopy_mapping *mapping, uint32_t slots)
-{
-    uint32_t changed = mapping->mapped_in ^ slots;
-
-    for (; changed; changed = vfiopy_without_lowest(changed)) {
-        struct vfiopy_mapper *mapper = vfiopy_lowest(space, changed);
-        bool more = slots & changed & -changed;
-
-        mapper->mappings += more ? 1 : -1;
-        mapper->charged += more ? charged_bytes(mapping) : -charged_bytes(mapping);
-    }
-    mapping->mapped_in = slots;
+    if (mapping->mapped_in != slots) /* who has called its mappers may be reading it */
+        mapping->mapped_in = slots;
 }
 
 static struct vfiopy_range range_of(const struct vfiopy_mapping *mapping)
@@ -108,25 +93,53 @@ uint32_t vfiopy_mappers_undo(struct vfiopy_space *space, const struct vfiopy_map
     return stuck;
 }
 
-int vfiopy_mappers_map(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_failure *failure)
+static uint32_t slots_of(const struct vfiopy_mapping *list)
 {
-    uint32_t missing = space->active & ~mapping->mapped_in, slots = missing | mapping->mapped_in;
-    uint32_t done = mapping->mapped_in;
-    int result = VFIOPY_OK;
+    uint32_t slots = 0;
+
+    for (; list; list = list->next)
+        slots |= list->mapped_in;
+    return slots;
+}
+
+/* Map it in the slots of `wanted` where it is not yet, or in none at all. Changes `*slots`, where it is. */
+static int map_in_all(struct vfiopy_space *space, const struct vfiopy_mapping *mapping, uint32_t wanted,
+                      uint32_t *slots, struct vfiopy_failure *failure)
+{
+    uint32_t missing = wanted & ~*slots;
+    int result;
+
+    for (; missing; missing = vfiopy_without_lowest(missing)) {
+        result = vfiopy_map_in(vfiopy_lowest(space, missing), mapping, failure);
+        if (result) {
+            *slots = vfiopy_mappers_undo(space, mapping, *slots, vfiopy_unmap_in);
+            return result;
+        }
+        *slots |= missing & -missing;
+    }
+    return VFIOPY_OK;
+}
+
+struct vfiopy_mapping *vfiopy_mappers_map(struct vfiopy_space *space, struct vfiopy_mapping *list,
+                                          struct vfiopy_failure *failure)
+{
+    uint32_t wanted = space->active, slots = wanted | slots_of(list), stuck = 0;
+    struct vfiopy_mapping *failed;
 
     vfiopy_mappers_enter(space, slots);
     vfiopy_unlock(space);
-    for (; missing && !result; missing = vfiopy_without_lowest(missing)) {
-        result = vfiopy_map_in(vfiopy_lowest(space, missing), mapping, failure);
-        if (!result)
-            done |= missing & -missing;
+    for (failed = list; failed; failed = failed->next) {
+        stuck = failed->mapped_in;
+        if (map_in_all(space, failed, wanted, &stuck, failure))
+            break;
     }
-    if (result)
-        done = vfiopy_mappers_undo(space, mapping, done, vfiopy_unmap_in);
     vfiopy_lock(space);
-    vfiopy_set_mapped_in(space, mapping, done);
+    for (; list != failed; list = list->next)
+        vfiopy_set_mapped_in(list, list->mapped_in | wanted);
+    if (failed)
+        vfiopy_set_mapped_in(failed, stuck);
     vfiopy_mappers_leave(space, slots);
-    return result;
+    return failed;
 }
 
 bool vfiopy_not_there(const struct vfiopy_failure *failure)
@@ -134,26 +147,45 @@ bool vfiopy_not_there(const struct vfiopy_failure *failure)
     return failure->result == VFIOPY_SHORT || failure->error == ENOENT;
 }
 
-int vfiopy_mappers_unmap(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_failure *failure)
+/* Unmap it everywhere; or map it again where it was lost. `*lost`: where it is not, after a failure. */
+static int unmap_in_all(struct vfiopy_space *space, const struct vfiopy_mapping *mapping, uint32_t *lost,
+                        struct vfiopy_failure *failure)
 {
-    uint32_t slots = mapping->mapped_in, lost = 0;
-    int result = VFIOPY_OK;
+    uint32_t slots = mapping->mapped_in, done = 0;
+    int result;
 
+    for (; slots; slots = vfiopy_without_lowest(slots)) {
+        result = vfiopy_unmap_in(vfiopy_lowest(space, slots), mapping, failure);
+        if (result) {
+            *lost = vfiopy_mappers_undo(space, mapping, done, vfiopy_map_in);
+            return result;
+        }
+        done |= slots & -slots;
+    }
+    return VFIOPY_OK;
+}
+
+struct vfiopy_mapping *vfiopy_mappers_unmap(struct vfiopy_space *space, struct vfiopy_mapping *list,
+                                            struct vfiopy_failure *failure)
+{
+    uint32_t slots = slots_of(list), lost = 0;
+    struct vfiopy_mapping *failed = list;
+
+    if (!slots)
+        return NULL;
     vfiopy_mappers_enter(space, slots);
     vfiopy_unlock(space);
-    for (uint32_t left = slots; left && !result; left = vfiopy_without_lowest(left)) {
-        result = vfiopy_unmap_in(vfiopy_lowest(space, left), mapping, failure);
-        if (!result)
-            lost |= left & -left;
-    }
-    if (result)
-        lost = vfiopy_mappers_undo(space, mapping, lost, vfiopy_map_in);
+    while (failed && !unmap_in_all(space, failed, &lost, failure))
+        failed = failed->next;
     vfiopy_lock(space);
-    vfiopy_set_mapped_in(space, mapping, mapping->mapped_in & ~lost);
-    vfiopy_mappers_leave(space, slots);
-    if (result)
+    for (; list != failed; list = list->next)
+        vfiopy_set_mapped_in(list, 0);
+    if (failed) {
+        vfiopy_set_mapped_in(failed, failed->mapped_in & ~lost);
         failure->clash.state = lost || vfiopy_not_there(failure) ? VFIOPY_UNKNOWN : VFIOPY_LIVE;
-    return result;
+    }
+    vfiopy_mappers_leave(space, slots);
+    return failed;
 }
 
 int vfiopy_mappers_resync(struct vfiopy_space *space, struct vfiopy_mapping *mapping, struct vfiopy_failure *failure)
@@ -171,7 +203,7 @@ int vfiopy_mappers_resync(struct vfiopy_space *space, struct vfiopy_mapping *map
             *failure = mine;
     }
     vfiopy_lock(space);
-    vfiopy_set_mapped_in(space, mapping, mapping->mapped_in & ~gone);
+    vfiopy_set_mapped_in(mapping, mapping->mapped_in & ~gone);
     vfiopy_mappers_leave(space, slots);
     return gone == slots ? VFIOPY_OK : (int)failure->result;
 }

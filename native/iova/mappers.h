@@ -22,7 +22,7 @@ void vfiopy_mappers_enter(struct vfiopy_space *space, uint32_t slots);
 void vfiopy_mappers_leave(struct vfiopy_space *space, uint32_t slots);
 
 /* Say which mappers have the mapping now. With the lock. */
-void vfiopy_set_mapped_in(struct vfiopy_space *space, struct vfiopy_mapping *mapping, uint32_t slots);
+void vfiopy_set_mapped_in(struct vfiopy_mapping *mapping, uint32_t slots);
 
 /* One call; without the lock, the mapper entered and the mapping busy. */
 typedef int (*vfiopy_mapper_call)(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping,

@@ -14,6 +14,7 @@
 #define CACHE_LINE 64
 #define FIRST_BLOCK (size_t)4096
 #define HUGE_PAGE (size_t)(2 << 20)
+#define KEPT (size_t)(64 << 10) /* bytes */
 
 struct vfiopy_pool_block {
     struct vfiopy_pool_block *next;
@@ -56,7 +57,7 @@ void vfiopy_pool_shrink(struct vfiopy_pool *pool)
 {
     struct vfiopy_pool_block *first = pool->oldest;
 
-    if (first == pool->newest)
+    if (pool->bytes <= KEPT)
         return;
     free_blocks(first->next);
     first->next = NULL;
@@ -92,7 +93,7 @@ static bool add_block(struct vfiopy_pool *pool)
     return true;
 }
 
-bool vfiopy_pool_reserve(struct vfiopy_pool *pool, size_t objects)
+bool vfiopy_pool_grow(struct vfiopy_pool *pool, size_t objects)
 {
     while (pool->capacity < objects) {
         if (!add_block(pool))

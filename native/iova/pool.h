@@ -20,14 +20,19 @@ struct vfiopy_pool {
 void vfiopy_pool_init(struct vfiopy_pool *pool, size_t object_size);
 void vfiopy_pool_destroy(struct vfiopy_pool *pool);
 
+bool vfiopy_pool_grow(struct vfiopy_pool *pool, size_t objects);
+
 /* Have room for so many objects in all, those in use included; false without memory. */
-bool vfiopy_pool_reserve(struct vfiopy_pool *pool, size_t objects);
+static inline bool vfiopy_pool_reserve(struct vfiopy_pool *pool, size_t objects)
+{
+    return pool->capacity >= objects || vfiopy_pool_grow(pool, objects);
+}
 
 /* There is room. The content is whatever was there. */
 void *vfiopy_pool_take(struct vfiopy_pool *pool);
 void vfiopy_pool_give(struct vfiopy_pool *pool, void *object);
 
-/* Nothing is in use: give all memory but the first block back, which the next object would need at once. */
+/* Nothing is in use: give memory back, but not the little that the next objects would need at once. */
 void vfiopy_pool_shrink(struct vfiopy_pool *pool);
 
 #endif

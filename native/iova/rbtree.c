@@ -45,8 +45,10 @@ static void rotate(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node, int side
     node->kid[!side] = middle;
     if (middle)
         set_parent(middle, node);
-    tree->refresh(node);
-    tree->refresh(up);
+    if (tree->refresh) {
+        tree->refresh(node);
+        tree->refresh(up);
+    }
 }
 
 void vfiopy_rb_touch(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node)
@@ -55,17 +57,10 @@ void vfiopy_rb_touch(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node)
         node = vfiopy_rb_parent(node);
 }
 
-void vfiopy_rb_insert(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node, struct vfiopy_rb *parent, int side)
+/* A red node has a red parent: restore the colours. */
+static void balance(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node)
 {
-    node->parent_and_colour = (uintptr_t)parent; /* red */
-    node->kid[0] = node->kid[1] = NULL;
-    tree->refresh(node);
-    if (parent) {
-        parent->kid[side] = node;
-        vfiopy_rb_touch(tree, parent);
-    } else {
-        tree->top = node;
-    }
+    struct vfiopy_rb *parent;
 
     while ((parent = vfiopy_rb_parent(node)) && vfiopy_rb_is_red(parent)) {
         struct vfiopy_rb *grand = vfiopy_rb_parent(parent); /* there: the top is never red here */
@@ -89,6 +84,22 @@ void vfiopy_rb_insert(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node, struc
         break;
     }
     set_black(tree->top);
+}
+
+void vfiopy_rb_insert(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node, struct vfiopy_rb *parent, int side)
+{
+    node->parent_and_colour = (uintptr_t)parent | !parent; /* red, but for the top */
+    node->kid[0] = node->kid[1] = NULL;
+    if (parent)
+        parent->kid[side] = node;
+    else
+        tree->top = node;
+    if (tree->refresh) {
+        tree->refresh(node);
+        vfiopy_rb_touch(tree, parent);
+    }
+    if (vfiopy_rb_is_red(parent))
+        balance(tree, node);
 }
 
 /* The subtree at `parent`'s `side` (maybe empty) lacks one black node on every path. */
@@ -136,6 +147,13 @@ void vfiopy_rb_erase(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node)
     bool lost_black;
     int side;
 
+    if (!node->kid[0] && !node->kid[1] && (vfiopy_rb_is_red(node) || node == tree->top)) {
+        parent = vfiopy_rb_parent(node);
+        replace_child(tree, node, NULL);
+        if (tree->refresh)
+            vfiopy_rb_touch(tree, parent);
+        return;
+    }
     if (node->kid[0] && node->kid[1]) {
         /* The next larger node has no smaller child: it leaves its place and takes this one's. */
         heir = node->kid[1];
@@ -166,10 +184,12 @@ void vfiopy_rb_erase(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node)
         lost_black = !vfiopy_rb_is_red(node);
         replace_child(tree, node, child);
     }
-    vfiopy_rb_touch(tree, parent);
-    if (heir) { /* what it held before says nothing of its new place */
-        tree->refresh(heir);
-        vfiopy_rb_touch(tree, vfiopy_rb_parent(heir));
+    if (tree->refresh) {
+        vfiopy_rb_touch(tree, parent);
+        if (heir) { /* what it held before says nothing of its new place */
+            tree->refresh(heir);
+            vfiopy_rb_touch(tree, vfiopy_rb_parent(heir));
+        }
     }
     if (!lost_black)
         return;

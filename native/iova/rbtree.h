@@ -1,5 +1,5 @@
 /*
- * A red-black tree that its elements are part of, and that keeps a value per subtree.
+ * A red-black tree that its elements are part of, and that can keep a value per subtree.
  *
  * The tree never allocates and never compares: the caller finds the place, the tree keeps itself
  * balanced. `refresh` recomputes what a node says of its subtree from the node and its children.
@@ -18,7 +18,7 @@ struct vfiopy_rb {
 
 struct vfiopy_rb_tree {
     struct vfiopy_rb *top;
-    bool (*refresh)(struct vfiopy_rb *node); /* true if the node's value changed */
+    bool (*refresh)(struct vfiopy_rb *node); /* true if the node's value changed; NULL: the tree keeps none */
 };
 
 #define VFIOPY_ENTRY(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
@@ -39,7 +39,7 @@ void vfiopy_rb_insert(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node, struc
 
 void vfiopy_rb_erase(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node);
 
-/* The node's own key changed, its place did not: bring the values above it up to date. */
+/* The node's own key changed, its place did not: bring the values above it up to date. Only for trees with values. */
 void vfiopy_rb_touch(struct vfiopy_rb_tree *tree, struct vfiopy_rb *node);
 
 /* Smallest (side 0) or largest (side 1) node, or NULL. */

@@ -122,6 +122,8 @@ struct vfiopy_gone {
 
 /* Take one out and free it; false when there is none. `memory` is what its request said. */
 bool vfiopy_gone_pop(struct vfiopy_gone *gone, void **memory);
+/* Take out several, at most as many as there is room for; returns how many. */
+size_t vfiopy_gone_take(struct vfiopy_gone *gone, void **memories, size_t room);
 
 /* --- the space ------------------------------------------------------------------------------------------- */
 
@@ -182,6 +184,21 @@ const char *vfiopy_space_verify(struct vfiopy_space *space);
 int vfiopy_space_map(struct vfiopy_space *space, const struct vfiopy_request *request, uint64_t *iova,
                      uint64_t *serial, struct vfiopy_failure *failure);
 
+/* One of several pieces of memory that are mapped alike. */
+struct vfiopy_piece {
+    void *memory;
+    uint64_t address, size;
+    uint64_t iova, serial; /* answers: where it is live; serial 0: it is not */
+    bool kept;             /* answer: it is in the book, live or unknown, and holds its memory */
+};
+
+/*
+ * Map each piece as vfiopy_space_map() does, at an IOVA that the book chooses: reserve many, call, commit many. After a
+ * failure, which says what was asked, some pieces may be live: the caller unmaps what it does not want.
+ */
+int vfiopy_space_map_many(struct vfiopy_space *space, const struct vfiopy_request *like, struct vfiopy_piece *pieces,
+                          size_t count, struct vfiopy_failure *failure);
+
 /* The same in two steps, for callers with mappers of their own in between. Commit calls the kernel's mappers. */
 int vfiopy_space_begin_map(struct vfiopy_space *space, const struct vfiopy_request *request, uint64_t *iova,
                            struct vfiopy_failure *failure);
@@ -220,10 +237,18 @@ enum vfiopy_step {
     VFIOPY_STEP_FAILED,
 };
 
-/* The common case, an exact unmap of a mapping without pins that nobody works on, in one go. Not `done`, and no
- * failure: it is not that simple, nothing has happened, take the steps. */
-int vfiopy_unmap_at_once(struct vfiopy_space *space, struct vfiopy_unmap *unmap, bool *done,
-                         struct vfiopy_failure *failure);
+struct vfiopy_handle {
+    uint64_t iova;   /* the first one */
+    uint64_t serial; /* 0: any */
+};
+
+/* The common case, an exact unmap of a mapping without pins that nobody works on, in one go; `memory` is what its
+ * request said. No `bytes`, and no failure: it is not that simple, nothing has happened, take the steps. */
+int vfiopy_space_unmap_idle(struct vfiopy_space *space, const struct vfiopy_handle *handle, uint64_t *bytes,
+                            void **memory, struct vfiopy_failure *failure);
+/* The same for several, in order, up to the first that is not that simple, or that fails: number *done. */
+int vfiopy_space_unmap_idle_many(struct vfiopy_space *space, const struct vfiopy_handle *handles, size_t count,
+                                 size_t *done, struct vfiopy_gone *gone, struct vfiopy_failure *failure);
 enum vfiopy_step vfiopy_unmap_step(struct vfiopy_space *space, struct vfiopy_unmap *unmap,
                                    struct vfiopy_failure *failure);
 /* Wait until pins of this unmap may be gone, at most so long. */
@@ -269,7 +294,7 @@ struct vfiopy_mapper_view {
     bool active;                /* new mappings go there */
     uint64_t mappings, charged; /* bytes that count against RLIMIT_MEMLOCK */
 };
-/* Returns how many there are. */
+/* Returns how many there are. Looks at every mapping. */
 size_t vfiopy_space_mappers(struct vfiopy_space *space, struct vfiopy_mapper_view views[VFIOPY_MAX_MAPPERS]);
 
 /* --- memory that moves (addresses.c) -------------------------------------------------------------------------------- */

@@ -7,7 +7,7 @@
  *         BUSY:   vfiopy_unmap_wait_idle(), then step again
  *     READY: vfiopy_unmap_finish()
  *
- * Most unmaps need none of that: vfiopy_unmap_at_once() does the two ends of it under one lock.
+ * Most unmaps need none of that: vfiopy_space_unmap_idle() does the two ends of it under one lock.
  *
  * Each step looks again from scratch: anything may have changed since the last one. Mappings under pins are
  * closing meanwhile, so that no new pin can keep the unmap from ever getting through.
@@ -164,63 +164,15 @@ int vfiopy_unmap_views(struct vfiopy_space *space, const struct vfiopy_unmap *un
     return result;
 }
 
-/* With the lock, which is let go for the mappers' calls. */
-static int finish_locked(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure)
-{
-    struct vfiopy_mapping *mapping;
-    int result = VFIOPY_OK;
-
-    while ((mapping = unmap->ready)) {
-        uint8_t state = VFIOPY_LIVE;
-
-        unmap->ready = mapping->next;
-        if (!result && mapping->mapped_in) {
-            result = vfiopy_mappers_unmap(space, mapping, failure);
-            if (result)
-                state = (uint8_t)failure->clash.state;
-        }
-        mapping->busy = false;
-        if (result) {
-            vfiopy_set_state(space, mapping, state);
-            mapping->unmap_id = 0;
-        } else {
-            unmap->bytes += mapping->iova.last - mapping->iova.first + 1;
-            vfiopy_erase(space, mapping, &unmap->gone);
-        }
-    }
-    vfiopy_changed(space);
-    return result;
-}
-
 int vfiopy_unmap_finish(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure)
 {
+    struct vfiopy_tally tally = {0};
     int result;
 
     vfiopy_lock(space);
-    result = finish_locked(space, unmap, failure);
-    vfiopy_unlock(space);
-    return result;
-}
-
-int vfiopy_unmap_at_once(struct vfiopy_space *space, struct vfiopy_unmap *unmap, bool *done,
-                         struct vfiopy_failure *failure)
-{
-    struct vfiopy_mapping *mapping;
-    int result = VFIOPY_OK;
-
-    *done = false;
-    vfiopy_lock(space);
-    mapping = vfiopy_mapping_at(space, unmap->range.first);
-    if (mapping && mapping->iova.first == unmap->range.first && mapping->state == VFIOPY_LIVE && !mapping->busy &&
-        !vfiopy_pins_of(mapping) && (!unmap->serial || unmap->serial == mapping->serial)) {
-        unmap->range.last = mapping->iova.last;
-        vfiopy_set_state(space, mapping, VFIOPY_UNMAPPING);
-        mapping->busy = true;
-        mapping->next = NULL;
-        unmap->ready = mapping;
-        result = finish_locked(space, unmap, failure);
-        *done = !result;
-    }
+    result = vfiopy_unmap_list(space, unmap->ready, &tally, &unmap->gone, failure);
+    unmap->ready = NULL;
+    unmap->bytes += tally.bytes;
     vfiopy_unlock(space);
     return result;
 }
@@ -312,9 +264,7 @@ void vfiopy_unmap_undo(struct vfiopy_space *space, struct vfiopy_unmap *unmap)
     vfiopy_lock(space);
     while ((mapping = unmap->ready)) {
         unmap->ready = mapping->next;
-        mapping->busy = false;
-        mapping->unmap_id = 0;
-        vfiopy_set_state(space, mapping, VFIOPY_LIVE);
+        vfiopy_stays(space, mapping, VFIOPY_LIVE);
     }
     vfiopy_changed(space);
     vfiopy_unlock(space);

@@ -67,6 +67,45 @@ static void map_one(struct worker *worker)
     }
 }
 
+/* Several at once, and down again what nobody else has taken down or pinned. */
+static void map_and_unmap_many(struct worker *worker)
+{
+    struct vfiopy_request like = {
+        .iova = VFIOPY_NO_FIXED_IOVA, .limit = 64 * LONGEST * PAGE, .fd = -1, .prot = VFIOPY_PROT_ALL};
+    struct vfiopy_piece pieces[12];
+    struct vfiopy_handle handles[12];
+    size_t count = 1 + random_below(&worker->seed, 12), live = 0, done;
+    struct vfiopy_failure failure = {0};
+    struct vfiopy_gone gone = {0};
+
+    for (size_t i = 0; i < count; i++) {
+        uint64_t size = (1 + random_below(&worker->seed, 2)) * PAGE;
+
+        pieces[i] = (struct vfiopy_piece){(void *)&held, UINT64_C(0x7f0000000000) + i * PAGE, size, 0, 0, false};
+        held++;
+    }
+    if (vfiopy_space_map_many(worker->space, &like, pieces, count, &failure)) {
+        CHECK_EQUAL(failure.result, VFIOPY_NO_SPACE);
+        worker->refused++;
+    } else {
+        worker->done[0]++;
+    }
+    for (size_t i = 0; i < count; i++) {
+        CHECK_EQUAL(pieces[i].kept, pieces[i].serial != 0);
+        held -= !pieces[i].kept;
+        if (pieces[i].serial)
+            handles[live++] = (struct vfiopy_handle){pieces[i].iova, pieces[i].serial};
+    }
+    CHECK(live == 0 || live == count);
+    failure = (struct vfiopy_failure){0};
+    for (size_t at = 0; at < live; at += done + 1) { /* one that is not simple is left to the others */
+        CHECK_EQUAL(vfiopy_space_unmap_idle_many(worker->space, handles + at, live - at, &done, &gone, &failure),
+                    VFIOPY_OK);
+        worker->done[1] += done != 0;
+    }
+    drop(&gone);
+}
+
 static void unmap_some(struct worker *worker)
 {
     uint64_t first = place(worker);
@@ -203,8 +242,11 @@ static void *work(void *argument)
         case 6 ... 13:
             unmap_some(worker);
             break;
-        case 14 ... 22:
+        case 14 ... 21:
             map_one(worker);
+            break;
+        case 22 ... 23:
+            map_and_unmap_many(worker);
             break;
         default:
             pin_and_unpin(worker);

@@ -25,9 +25,18 @@ static int lowest_overlap(uint64_t first, uint64_t last, uint64_t after_first, i
     return best;
 }
 
-static void search(const struct vfiopy_rb_tree *tree, uint64_t first, uint64_t last)
+static struct vfiopy_interval *next_of(bool disjoint, struct vfiopy_interval *found, uint64_t first, uint64_t last)
 {
-    struct vfiopy_interval *found = vfiopy_interval_overlap(tree, first, last);
+    if (!disjoint)
+        return vfiopy_interval_next_overlap(found, first, last);
+    found = vfiopy_interval_step(found, 1);
+    return found && found->first <= last ? found : NULL;
+}
+
+static void search(const struct vfiopy_rb_tree *tree, bool disjoint, uint64_t first, uint64_t last)
+{
+    struct vfiopy_interval *found = disjoint ? vfiopy_interval_in(tree, first, last)
+                                             : vfiopy_interval_overlap(tree, first, last);
     int expected = lowest_overlap(first, last, 0, -1);
     size_t listed = 0, there = 0;
     uint64_t before = 0;
@@ -35,7 +44,7 @@ static void search(const struct vfiopy_rb_tree *tree, uint64_t first, uint64_t l
     CHECK_EQUAL(found != NULL, expected >= 0);
     if (found)
         CHECK_EQUAL(found->first, pool[expected].first);
-    for (; found; found = vfiopy_interval_next_overlap(found, first, last)) {
+    for (; found; found = next_of(disjoint, found, first, last)) {
         CHECK(found->first <= last && found->last >= first && found->first >= before);
         before = found->first;
         listed++;
@@ -47,7 +56,8 @@ static void search(const struct vfiopy_rb_tree *tree, uint64_t first, uint64_t l
 
 static void run(bool disjoint, uint64_t seed)
 {
-    struct vfiopy_rb_tree tree = VFIOPY_INTERVAL_TREE;
+    struct vfiopy_rb_tree interval_tree = VFIOPY_INTERVAL_TREE, disjoint_tree = VFIOPY_DISJOINT_TREE;
+    struct vfiopy_rb_tree tree = disjoint ? disjoint_tree : interval_tree;
     unsigned height = 0, tallest = 0;
     size_t count = 0, expected = 0;
 
@@ -62,13 +72,19 @@ static void run(bool disjoint, uint64_t seed)
             expected--;
         } else {
             /* Also at both ends of the 64-bit space. */
+            struct vfiopy_interval *below = NULL, *above;
             uint64_t first = random_below(&seed, 4000) * 16, length = random_below(&seed, 200);
 
             pool[i].first = random_below(&seed, 8) ? first : UINT64_MAX - first - length;
-            pool[i].last = pool[i].max_last = pool[i].first + length;
-            if (disjoint && vfiopy_interval_overlap(&tree, pool[i].first, pool[i].last))
+            pool[i].last = pool[i].first + length;
+            if (disjoint && vfiopy_interval_in(&tree, pool[i].first, pool[i].last))
                 continue;
-            vfiopy_interval_insert(&tree, &pool[i]);
+            if (disjoint)
+                vfiopy_interval_around(&tree, pool[i].first, &below, &above);
+            if (below && round % 2)
+                vfiopy_interval_insert_above(&tree, below, &pool[i]);
+            else
+                vfiopy_interval_insert(&tree, &pool[i]);
             used[i] = true;
             expected++;
         }
@@ -81,9 +97,9 @@ static void run(bool disjoint, uint64_t seed)
             CHECK(!wrong);
             CHECK_EQUAL(count, expected);
             tallest = height > tallest ? height : tallest;
-            search(&tree, first, first + random_below(&seed, 500));
-            search(&tree, UINT64_MAX - first, UINT64_MAX);
-            search(&tree, 0, UINT64_MAX);
+            search(&tree, disjoint, first, first + random_below(&seed, 500));
+            search(&tree, disjoint, UINT64_MAX - first, UINT64_MAX);
+            search(&tree, disjoint, 0, UINT64_MAX);
         }
     }
     CHECK(tallest <= 2 * 9); /* 2 log2(n + 1) */
