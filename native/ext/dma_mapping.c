@@ -6,8 +6,10 @@
 
 #include "ext/dma_object.h"
 #include "ext/raise.h"
+#include "ext/spares.h"
 
 static PyTypeObject *mapping_type;
+static struct vfiopy_spares spares;
 
 static struct vfiopy_mapping_object *of(PyObject *object)
 {
@@ -21,11 +23,13 @@ static struct vfiopy_space_base *space_of(PyObject *object)
 
 struct vfiopy_mapping_object *vfiopy_mapping_new(PyObject *space)
 {
-    struct vfiopy_mapping_object *self = PyObject_GC_New(struct vfiopy_mapping_object, mapping_type);
+    struct vfiopy_mapping_object *self = of(vfiopy_spares_take(&spares, mapping_type));
 
     if (!self)
         return NULL;
     self->space = Py_NewRef(space);
+    self->iova = self->size = self->address = self->serial = 0; /* no mapping has this serial number */
+    self->prot = 0;
     PyObject_GC_Track((PyObject *)self);
     return self;
 }
@@ -77,7 +81,7 @@ static void mapping_dealloc(PyObject *object)
 
     PyObject_GC_UnTrack(object);
     Py_CLEAR(of(object)->space);
-    PyObject_GC_Del(object);
+    vfiopy_spares_give(&spares, object);
     Py_DECREF(type);
 }
 

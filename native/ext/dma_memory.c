@@ -5,9 +5,11 @@
 #include <unistd.h>
 
 #include "ext/dma_object.h"
+#include "ext/spares.h"
 
 static PyTypeObject *memory_type;
 static uint64_t page_mask;
+static struct vfiopy_spares spares;
 
 static struct vfiopy_host_memory *of(PyObject *object)
 {
@@ -31,7 +33,7 @@ static struct vfiopy_host_memory *export(PyObject *thing)
             PyErr_Clear(); /* not what is meant to end the program */
         return NULL;
     }
-    self = is_plain(thing, &view) ? PyObject_GC_New(struct vfiopy_host_memory, memory_type) : NULL;
+    self = is_plain(thing, &view) ? of(vfiopy_spares_take(&spares, memory_type)) : NULL;
     if (!self) {
         PyBuffer_Release(&view);
         return NULL;
@@ -102,7 +104,7 @@ static void memory_dealloc(PyObject *object)
     if (self->view.obj)
         PyBuffer_Release(&self->view);
     Py_CLEAR(self->owner);
-    PyObject_GC_Del(object);
+    vfiopy_spares_give(&spares, object);
     Py_DECREF(type);
 }
 
