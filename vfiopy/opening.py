@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["open"]
 
+_WITHOUT_KERNEL = {"emulated": "an emulated device", "vfio-user": "a device behind a socket"}
+
 
 def open(  # noqa: A001  the word that users expect, as vfiopy.open
     target: str | PciAddress | Function | PciDevice,
@@ -31,10 +33,11 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
 
     Args:
         target: a PCI address (``"0000:00:05.0"``) that is bound to vfio-pci, a function from :func:`vfiopy.find`,
-            ``"emulated:edu"``, or an emulated device object.
+            ``"emulated:edu"``, an emulated device object, or ``"vfio-user:PATH"`` for the device that a vfio-user
+            server offers on this socket.
         backend: ``"iommufd"``, ``"type1v2"``, ``"type1"``, ``"iommufd-compat-type1v2"``, ``"iommufd-compat-type1"``;
-            None takes iommufd where kernel and device offer it, else ``"type1v2"``. An emulated device has none
-            of these.
+            None takes iommufd where kernel and device offer it, else ``"type1v2"``. Devices that are software
+            have none of these.
         space: the address space to put the device into; None makes one for it alone, which ends with the device.
         vf_token: the token that a virtual function and its physical function share (linux/vfio.h,
             VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).
@@ -77,21 +80,25 @@ def _connect(
 
     name = _name_of(target)
     scheme, colon, rest = name.partition(":")
-    if colon and scheme == "emulated":
+    if colon and scheme in _WITHOUT_KERNEL:
         kernel_only = {"backend": backend, "vf_token": vf_token, "device_fd": device_fd}
         for argument, value in kernel_only.items():
             if value is not None:
                 raise NotSupportedError(
-                    f"{argument}={value!r} means nothing for an emulated device: no kernel is involved",
+                    f"{argument}={value!r} means nothing for {_WITHOUT_KERNEL[scheme]}: no kernel is involved",
                     object=name,
                     hint=f"leave {argument} out",
                 )
+        if scheme == "vfio-user":
+            from vfiopy import vfio_user  # noqa: PLC0415
+
+            return vfio_user.connect(rest)
         return emulated.connect(rest if isinstance(target, str) else cast("PciDevice", target))
     if colon and not _is_hex(scheme):
         raise DeviceNotFoundError(
             f"'{scheme}:' is not a way to reach a device",
             object=name,
-            hint="give a PCI address such as 0000:00:05.0, or emulated:edu",
+            hint="give a PCI address such as 0000:00:05.0, emulated:edu, or vfio-user:/path/of.sock",
         )
     from vfiopy import kernel  # noqa: PLC0415
 

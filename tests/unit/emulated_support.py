@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vfiopy.backend import IrqAction, IrqIndex
-from vfiopy.emulated import Bar, EmulatedDeviceIo, Identity, Msi, MsiX, PciDevice, PciExpress, PowerManagement
+from vfiopy.backend import DeviceIo, IrqAction, IrqIndex
+from vfiopy.emulated import Bar, Identity, Msi, MsiX, PciDevice, PciExpress, PowerManagement
 
 COMMAND = 0x04
 MEMORY, BUS_MASTER, INTX_DISABLE = 1 << 1, 1 << 2, 1 << 10
@@ -65,31 +65,31 @@ def taken(fd: int, timeout: float = 0.0) -> int:
     return os.eventfd_read(fd)
 
 
-def read32(io: EmulatedDeviceIo, offset: int, bar: int = 0) -> int:
+def read32(io: DeviceIo, offset: int, bar: int = 0) -> int:
     return int.from_bytes(io.read(bar, offset, 4), "little")
 
 
-def write32(io: EmulatedDeviceIo, offset: int, value: int, bar: int = 0) -> None:
+def write32(io: DeviceIo, offset: int, value: int, bar: int = 0) -> None:
     io.write(bar, offset, value.to_bytes(4, "little"))
 
 
-def read_config(io: EmulatedDeviceIo, offset: int, size: int) -> int:
+def read_config(io: DeviceIo, offset: int, size: int) -> int:
     return int.from_bytes(io.read(7, offset, size), "little")
 
 
-def write_config(io: EmulatedDeviceIo, offset: int, size: int, value: int) -> None:
+def write_config(io: DeviceIo, offset: int, size: int, value: int) -> None:
     io.write(7, offset, value.to_bytes(size, "little"))
 
 
-def set_command(io: EmulatedDeviceIo, *, on: int = 0, off: int = 0) -> None:
+def set_command(io: DeviceIo, *, on: int = 0, off: int = 0) -> None:
     write_config(io, COMMAND, 2, read_config(io, COMMAND, 2) & ~off | on)
 
 
-def enable_irq(io: EmulatedDeviceIo, index: IrqIndex, *fds: int) -> None:
+def enable_irq(io: DeviceIo, index: IrqIndex, *fds: int) -> None:
     io.set_irqs(index, IrqAction.TRIGGER, 0, len(fds), fds=fds)
 
 
-def disable_irq(io: EmulatedDeviceIo, index: IrqIndex) -> None:
+def disable_irq(io: DeviceIo, index: IrqIndex) -> None:
     io.set_irqs(index, IrqAction.TRIGGER, 0, 0)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulated_support import Everything
+from ways import WAYS, opened, served
 
 import vfiopy
 from vfiopy.drivers.edu import BUFFER_SIZE, EduDriver
@@ -28,9 +29,9 @@ def card() -> Edu:
     return Edu(seed=7, delay=(0.0, 0.001))
 
 
-@pytest.fixture
-def edu(card: Edu) -> Iterator[EduDriver]:
-    with vfiopy.open(card) as device:
+@pytest.fixture(params=WAYS)
+def edu(card: Edu, request: pytest.FixtureRequest) -> Iterator[EduDriver]:
+    with opened(card, request.param) as device:
         device.bus_master = True
         yield EduDriver(device)
 
@@ -214,6 +215,14 @@ def test_the_example_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     output = capsys.readouterr().out
     assert output.endswith("9 of 9 checks passed\n")
     assert "FAILED" not in output
+
+
+def test_the_example_passes_through_a_socket(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(Edu()) as path:
+        assert run_example(monkeypatch, f"vfio-user:{path}") == 0
+    assert capsys.readouterr().out.endswith("9 of 9 checks passed\n")
 
 
 def test_the_example_notices_a_broken_device(

@@ -28,6 +28,7 @@ from vfiopy.errors import (
     VfioError,
     from_errno,
 )
+from vfiopy.vfio_user.wire import Command
 
 ROWS = [
     *((call, number, row) for call, rows in TABLE.items() for number, row in rows.items()),
@@ -55,6 +56,8 @@ def test_rows_are_about_calls_that_exist() -> None:
     for call in TABLE:
         if call.startswith(("VFIO_DEVICE_FEATURE_", "IOMMU_OPTION_")):
             assert hasattr(uapi, call), call
+        elif call.startswith("VFIO_USER_"):
+            assert call.removeprefix("VFIO_USER_") in Command.__members__, call
         elif call.isupper() or call.startswith(("VFIO_", "IOMMU_")):
             assert hasattr(uapi, call), call
             assert f'"{call}"' in SOURCES, call

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ways import served
 
 import vfiopy
 from vfiopy import selftest
-from vfiopy.emulated import EmulatedDeviceIo
+from vfiopy.emulated import Edu, EmulatedDeviceIo
 from vfiopy.selftest import checks
 
 
@@ -22,6 +23,17 @@ def test_an_emulated_device_passes() -> None:
     assert report.ok
     assert report.device == {"vendor": "1234", "device": "11e8", "config_size": report.device["config_size"]}
     assert outcome(report, "nothing left open") == ("passed", "")
+
+
+def test_a_device_behind_a_socket_passes_the_same_checks() -> None:
+    near = selftest.run("emulated:edu")
+    with served(Edu()) as path:
+        far = selftest.run(f"vfio-user:{path}")
+    assert far.ok
+    assert [(result.name, result.status) for result in far.results] == [
+        (result.name, result.status) for result in near.results
+    ]
+    assert outcome(far, "nothing left open") == ("passed", "")
 
 
 def test_a_check_that_breaks_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

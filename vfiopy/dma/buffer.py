@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from vfiopy._shim import lib
-from vfiopy.backend import HostMemory
+from vfiopy.backend import FileMemory, HostMemory
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, round_to_pages
 from vfiopy.errors import AlignmentError, ClosedError, NoSpaceError, VfioError
@@ -149,9 +149,11 @@ class DmaArray(np.ndarray[Any, Any]):
     _allocation: Allocation | None = None
 
     @classmethod
-    def over(cls, memory: HostMemory, shape: Any, dtype: DTypeLike, order: Any) -> Self:
+    def over(cls, memory: HostMemory | FileMemory, shape: Any, dtype: DTypeLike, order: Any) -> Self:
         """View the first bytes of memory as an array of this shape; not mapped yet."""
-        return np.ndarray.__new__(cls, shape, dtype=dtype, buffer=cast("Any", memory.owner), order=order)
+        owner = cast("Any", memory.owner)
+        pages = owner if isinstance(owner, _PageArray) else np.asarray(owner).view(_PageArray)
+        return np.ndarray.__new__(cls, shape, dtype=dtype, buffer=pages, order=order)
 
     def adopt(self, mapping: Mapping) -> Allocation:
         """Take over the mapping of this array's memory; return what is to be closed."""

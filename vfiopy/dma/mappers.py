@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, Protocol
 
-from vfiopy.backend import BookReader, IovaRange, Mapper, Memory, MemoryKind, Placer, Prot
+from vfiopy.backend import BookReader, FileMemory, IovaRange, Mapper, Memory, MemoryKind, MemorySource, Placer, Prot
 from vfiopy.errors import MemoryKindError, NotMappedError
 from vfiopy.iova import IovaSpace
 
@@ -158,6 +158,14 @@ class MapperSet:
             object=self._label,
             hint="host memory works everywhere; a BAR needs iommufd and a dma-buf",
         )
+
+    def allocate(self, size: int) -> FileMemory | None:
+        """Return memory of a mapper that wants it of its own making, or None where nobody cares."""
+        if MemoryKind.FILE in self.kinds:
+            for mapper in self.in_python:
+                if isinstance(mapper, MemorySource):
+                    return mapper.allocate(size)
+        return None
 
     def place(self, memory: Memory) -> int:
         """Return the IOVA that a mapper insists on, or -1 for the book's choice."""

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from vfiopy._native import SpaceBase
-from vfiopy.backend import DeviceWindow, FileMemory, IovaRange, Mapper, Memory, MemoryKind, Prot
+from vfiopy.backend import DeviceWindow, FileMemory, HostMemory, IovaRange, Mapper, Memory, MemoryKind, Prot
 from vfiopy.dma.buffer import Allocation, DmaArray, allocate_pages
 from vfiopy.dma.mappers import MapperSet, Member
 from vfiopy.dma.mapping import Mapping
-from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of
+from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of, round_to_pages
 from vfiopy.errors import BusyError, MemoryKindError, NotMappedError, StateError
 from vfiopy.iova import IovaMapping, IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
@@ -204,12 +204,20 @@ class AddressSpace(Resource, SpaceBase):
             )
         count = int(np.prod(shape, dtype=object))
         size = count * np.dtype(dtype).itemsize
-        memory = allocate_pages(size, page_size=page_size, numa_node=numa_node)
+        memory = self._pages(size, page_size, numa_node)
         # The array first: numpy refuses a bad shape, dtype or order, and then nothing is mapped.
         array = DmaArray.over(memory, shape, dtype, order)
         mapping = self.map(memory, iova=iova, prot=prot, limit=limit, alignment=alignment)
         self._allocations.add(array.adopt(mapping))
         return array
+
+    def _pages(self, size: int, page_size: int, numa_node: int | None) -> HostMemory | FileMemory:
+        if size > 0 and page_size == PAGE_SIZE and numa_node is None and self._mappers.in_python:
+            drain_finalizers()
+            memory = self._mappers.allocate(round_to_pages(size))
+            if memory is not None:
+                return memory
+        return allocate_pages(size, page_size=page_size, numa_node=numa_node)
 
     def bounce(self, data: Buffer, *, prot: Prot = Prot.READ, limit: int = ANY_IOVA) -> DmaArray:
         """Copy ``data`` (any buffer, also ``bytes``) into a new DMA buffer of as many bytes.

@@ -17,6 +17,7 @@ from vfiopy.errno_table.group import CONTAINER, GROUP
 from vfiopy.errno_table.iommufd import IOMMUFD
 from vfiopy.errno_table.meaning import Meaning
 from vfiopy.errno_table.other import OTHER
+from vfiopy.errno_table.vfio_user import VFIO_USER
 
 __all__ = ["TABLE", "Meaning", "look_up"]
 
@@ -27,6 +28,7 @@ TABLE: Final[dict[str, dict[int, Meaning]]] = {
     **FEATURES,
     **IOMMUFD,
     **OTHER,
+    **VFIO_USER,
 }
 """call → errno → row, for the calls that give an errno a meaning of their own."""
 

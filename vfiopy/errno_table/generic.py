@@ -6,6 +6,7 @@ import errno
 from typing import Final
 
 from vfiopy.errno_table.meaning import Meaning
+from vfiopy.errno_table.vfio_user import ANY_MESSAGE
 
 __all__ = ["FAMILIES", "GENERIC"]
 
@@ -85,6 +86,7 @@ FAMILIES: Final = (
     ("VFIO_DEVICE_FEATURE", _FEATURE),
     ("IOMMU_", _IOMMUFD),
     ("open ", _OPEN),
+    ("VFIO_USER_", ANY_MESSAGE),
 )
 """(prefix of the call's name, its rows), asked in this order after the call's own rows."""
 

@@ -1,0 +1,414 @@
+"""A device behind a vfio-user socket: the seam's ``DeviceIo``, by messages, and mapped where the server shares."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from vfiopy import uapi
+from vfiopy.backend import (
+    DeviceInfo,
+    IrqAction,
+    IrqFlag,
+    IrqInfo,
+    RegionFlag,
+    RegionIndex,
+    RegionInfo,
+    Window,
+    region_name,
+)
+from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, ProtocolError, StateError, VfioError
+from vfiopy.file_window import FileWindow
+from vfiopy.lives import Resource
+from vfiopy.vfio_user import wire
+from vfiopy.vfio_user.channel import close_fds
+from vfiopy.vfio_user.client_irqs import ClientIrqs
+from vfiopy.vfio_user.connection import Connection
+from vfiopy.vfio_user.power import PowerState, power_up
+from vfiopy.vfio_user.region_info import decode_region_info
+from vfiopy.vfio_user.wire import Command
+
+__all__ = ["VfioUserDeviceIo"]
+
+_MOST_WRITE: Final = 128 << 10  # libvfio-user loses the stream with what does not fit into the socket's buffer
+_MOST_READ: Final = 1 << 20
+_FIRST_ARGSZ: Final = 1024
+_MOST_ARGSZ: Final = 1 << 16
+_MOST_REGIONS: Final = 256
+_CONFIG: Final = int(RegionIndex.CONFIG)
+
+
+class VfioUserDeviceIo(Resource):
+    """A device that a server offers.
+
+    Opening leaves it as vfio-pci does: reset where it can be, in D0, BARs placed, memory decode on, bus mastering off.
+
+    Writes to BARs are posted, as a bus does: they return at once, and are done before anything that comes later. After
+    a change of configuration space that could make the BARs fall silent, one is waited for, so that its error is seen.
+    Where a part of the device is mapped, all are waited for: or a mapped access might overtake one.
+
+    Threads: may be shared; ``close`` is the last call.
+
+    Args:
+        connection: taken over.
+        name: ``vfio-user:`` and the path.
+        on_reconnect: makes a new connection, for :meth:`reconnect`.
+
+    Attributes:
+        connection: for who wants to send messages of their own.
+    """
+
+    _rank = 20
+
+    def __init__(
+        self, connection: Connection, name: str, *, on_reconnect: Callable[[], Connection] | None = None
+    ) -> None:
+        super().__init__(name)
+        self.connection = connection
+        self._on_reconnect = on_reconnect
+        self._regions: dict[int, RegionInfo] = {}
+        self._files: dict[int, int] = {}
+        self._windows: list[FileWindow] = []
+        self._irqs = ClientIrqs(name, self._send_irqs)
+        self._irq_infos: dict[int, IrqInfo] = {}
+        self._posting = False
+        self._power = PowerState(-1)
+        try:
+            self._info = self._ask_info()
+            self._start()
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def name(self) -> str:
+        """``vfio-user:`` and the socket's path."""
+        return self._label
+
+    @property
+    def backend(self) -> str:
+        """``"vfio-user"``."""
+        return "vfio-user"
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that the server has for each answer; may be assigned."""
+        return self.connection.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self.connection.timeout = seconds
+
+    def _start(self) -> None:
+        """Do what the kernel does at the first open, and firmware before it."""
+        if self._info.can_reset:
+            self._request(Command.RESET)
+        if self._info.is_pci and self.region_info(_CONFIG).size:
+            self._power = power_up(self)
+        self._look_at_power()
+
+    # --- what it is --------------------------------------------------------------------------------------------------
+
+    def info(self) -> DeviceInfo:
+        """Describe the device; asked once."""
+        self.check_open()
+        return self._info
+
+    def _ask_info(self) -> DeviceInfo:
+        size = wire.DEVICE_INFO.size
+        record = wire.DEVICE_INFO.unpack(self._request(Command.GET_INFO, wire.DEVICE_INFO.pack(size, 0, 0, 0)))
+        if record.num_regions > _MOST_REGIONS or record.num_irqs > _MOST_REGIONS:
+            raise self._malformed(f"a device of {record.num_regions} regions and {record.num_irqs} interrupt indexes")
+        return DeviceInfo(
+            record.num_regions,
+            record.num_irqs,
+            can_reset=bool(record.flags & uapi.VFIO_DEVICE_FLAGS_RESET),
+            is_pci=bool(record.flags & uapi.VFIO_DEVICE_FLAGS_PCI),
+        )
+
+    def region_info(self, index: int) -> RegionInfo:
+        """Describe a region; asked once. Size 0 where the device has none of this index."""
+        self.check_open()
+        found = self._regions.get(index)
+        if found is None:
+            if not 0 <= index < self._info.num_regions:
+                raise AddressRangeError(f"there is no region {index}", object=self._label)
+            found = self._regions[index] = self._ask_region(index)
+        return found
+
+    def _ask_region(self, index: int) -> RegionInfo:
+        argsz = _FIRST_ARGSZ
+        while True:
+            try:
+                payload, fds = self._request_fds(
+                    Command.GET_REGION_INFO, wire.REGION_INFO.pack(argsz, 0, index, 0, 0, 0)
+                )
+            except AddressRangeError:  # some servers refuse what is absent
+                return RegionInfo(index, 0, RegionFlag(0))
+            try:
+                needed = wire.REGION_INFO.unpack(payload).argsz
+                if argsz < needed <= _MOST_ARGSZ:
+                    argsz = needed
+                    continue
+                info, _ = decode_region_info(payload)
+                if info.index != index:
+                    raise self._malformed(f"region {info.index} instead of {index}")
+                return self._keep_file(info, fds)
+            finally:
+                close_fds(fds)
+
+    def _keep_file(self, info: RegionInfo, fds: list[int]) -> RegionInfo:
+        """Keep the fd that a region can be mapped by; without a good one it cannot."""
+        if RegionFlag.MMAP in info.flags and fds and self._fits(info, fds[0]):
+            self._files[info.index] = fds.pop(0)
+            return info
+        return RegionInfo(info.index, info.size, info.flags & ~RegionFlag.MMAP, type=info.type)
+
+    @staticmethod
+    def _fits(info: RegionInfo, fd: int) -> bool:
+        status = os.fstat(fd)
+        end = max((area.offset + area.size for area in info.sparse or ()), default=info.size)
+        return not stat.S_ISREG(status.st_mode) or info.offset + end <= status.st_size
+
+    def irq_info(self, index: int) -> IrqInfo:
+        """Describe an interrupt index; asked once. Count 0 where the device has none of this kind."""
+        self.check_open()
+        found = self._irq_infos.get(index)
+        if found is None:
+            if not 0 <= index < self._info.num_irqs:
+                raise AddressRangeError(f"there is no interrupt index {index}", object=self._label)
+            found = self._irq_infos[index] = self._ask_irq(index)
+        return found
+
+    def _ask_irq(self, index: int) -> IrqInfo:
+        size = wire.IRQ_INFO.size
+        try:
+            record = wire.IRQ_INFO.unpack(self._request(Command.GET_IRQ_INFO, wire.IRQ_INFO.pack(size, 0, index, 0)))
+        except AddressRangeError:
+            return IrqInfo(index, 0, IrqFlag(0))
+        if record.irq != index:
+            raise self._malformed(f"interrupt index {record.irq} instead of {index}")
+        return IrqInfo(index, record.vectors, IrqFlag(record.flags & 0xF))
+
+    # --- registers ---------------------------------------------------------------------------------------------------
+
+    def read(self, index: int, offset: int, size: int) -> bytes:
+        """Read bytes. An aligned read of 1, 2, 4 or 8 bytes is one message.
+
+        Raises:
+            AddressRangeError: outside of the region.
+            DeviceGoneError: the device or the server does not answer.
+        """
+        self._check_range(index, offset, size)
+        if size <= 8:
+            return self._read_piece(index, offset, size) if size else b""
+        most = min(_MOST_READ, self.connection.peer.max_data_xfer_size)
+        return b"".join(
+            self._read_piece(index, at, min(most, offset + size - at)) for at in range(offset, offset + size, most)
+        )
+
+    def _read_piece(self, index: int, offset: int, size: int) -> bytes:
+        reply = self.connection.request(Command.REGION_READ, wire.REGION_ACCESS.pack(offset, index, size))
+        if len(reply.payload) != wire.REGION_ACCESS.size + size or reply.fds:
+            close_fds(reply.fds)
+            raise self._malformed(f"{len(reply.payload)} bytes for a read of {size}")
+        return bytes(memoryview(reply.payload)[wire.REGION_ACCESS.size :])
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Write bytes. An aligned write of 1, 2, 4 or 8 bytes is one message, and posted where it can be.
+
+        Raises:
+            AddressRangeError: outside of the region.
+            DeviceGoneError: the device or the server does not answer.
+        """
+        size = len(data)
+        self._check_range(index, offset, size)
+        if self._posting and size <= 8 and index <= RegionIndex.BAR5:
+            self.connection.post(Command.REGION_WRITE, wire.REGION_ACCESS.pack(offset, index, size), data)
+            return
+        most = min(_MOST_WRITE, self.connection.peer.max_data_xfer_size)
+        for start in range(0, size, most):
+            piece = data[start : start + most]
+            self._request(
+                Command.REGION_WRITE, wire.REGION_ACCESS.pack(offset + start, index, len(piece)), bytes(piece)
+            )
+        if index == _CONFIG:
+            if self._power.concerned(offset, size):
+                self._look_at_power()
+        elif index <= RegionIndex.BAR5:
+            self._posting = not self._windows
+
+    def _check_range(self, index: int, offset: int, size: int) -> None:
+        info = self._regions.get(index)
+        if info is None or not self._open or self._pid != os.getpid():
+            info = self.region_info(index)
+        if offset < 0 or size < 0 or offset + size > info.size:
+            if not info.size:
+                raise AddressRangeError(f"the device has no {region_name(index)}", object=self._label)
+            raise AddressRangeError(
+                f"{region_name(index)}, offset {offset:#x}, {size} bytes: outside of its {info.size:#x} bytes",
+                object=self._label,
+            )
+
+    def _look_at_power(self) -> None:
+        """Follow what configuration space now says: whether mapped BARs answer, and posted writes may be lost."""
+        self._posting = False
+        if self._power.known and self._windows:
+            on = self._power.memory_answers(self)
+            for window in self._windows:
+                window.show(on)
+
+    def map_region(self, index: int, offset: int, size: int) -> Window:
+        """Map a part of a region that the server shares. With memory decode off, touching it is a SIGBUS.
+
+        Raises:
+            NotSupportedError: the server does not share the region, or this part of it.
+            AddressRangeError: outside of the region.
+            AlignmentError: not whole pages.
+        """
+        info = self.region_info(index)
+        self._check_range(index, offset, size)
+        fd = self._files.get(index, -1)
+        areas = info.sparse
+        inside = areas is None or any(
+            area.offset <= offset and offset + size <= area.offset + area.size for area in areas
+        )
+        if fd < 0 or not inside:
+            raise NotSupportedError(
+                f"{region_name(index)} is served by messages and cannot be mapped there",
+                object=self._label,
+                hint="use its read and write methods; region_info().flags says MMAP where a region can be mapped",
+            )
+        window = FileWindow(fd, info.offset + offset, size, writable=RegionFlag.WRITE in info.flags)
+        self._windows = [old for old in self._windows if old] + [window]
+        self._look_at_power()
+        return window
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def set_irqs(
+        self,
+        index: int,
+        action: IrqAction,
+        start: int,
+        count: int,
+        *,
+        fds: Sequence[int] | None = None,
+        bools: Sequence[bool] | None = None,
+    ) -> None:
+        """VFIO_DEVICE_SET_IRQS: eventfds go to the server in as many messages as its limit asks for.
+
+        Raises:
+            AddressRangeError: (EINVAL) no such index or vectors, or what the server refuses.
+            NotSupportedError: (ENOTTY) this kind cannot be masked.
+        """
+        self.check_open()
+        self._irqs.set(index, action, start, count, fds, bools, self._most_fds())
+
+    def _most_fds(self) -> int:
+        return max(1, self.connection.peer.max_msg_fds)
+
+    def _send_irqs(self, payload: bytes, fds: Sequence[int], detail: str) -> None:
+        self._request(Command.SET_IRQS, payload, fds=fds, detail=detail)
+
+    def reset(self) -> None:
+        """Reset the function; what the server does with configuration space is its own.
+
+        Raises:
+            NotSupportedError: it has no function reset.
+        """
+        self.check_open()
+        self._request(Command.RESET)
+        self._look_at_power()
+
+    def feature(self, number: int, operation: int, data: bytes) -> bytes:
+        """VFIO_DEVICE_FEATURE; returns the payload of the reply.
+
+        Raises:
+            NotSupportedError: the server does not have it.
+        """
+        self.check_open()
+        argsz = wire.FEATURE.size + max(len(data), _FIRST_ARGSZ)
+        while True:
+            reply = self._request(Command.FEATURE, wire.FEATURE.pack(argsz, number | operation), data)
+            needed = wire.FEATURE.unpack(reply).argsz
+            if not argsz < needed <= self.connection.peer.max_data_xfer_size:
+                return bytes(memoryview(reply)[wire.FEATURE.size :])
+            argsz = needed
+
+    def reconnect(self) -> None:
+        """Connect again after the server died or was replaced: mappings and interrupts are set up anew.
+
+        The device is reset, where it can be, and starts as at :func:`vfiopy.open`: its driver begins from the start.
+
+        Raises:
+            DeviceNotFoundError: nobody listens.
+            StateError: parts of its BARs are mapped, or the socket was handed in and has no path.
+            ProtocolError: another device is there now.
+        """
+        self.check_open()
+        if any(self._windows):
+            raise StateError(f"{self._label} cannot be connected again while parts of its BARs are mapped")
+        if self._on_reconnect is None:
+            raise StateError(f"{self._label} was handed in as a socket: there is no path to connect to again")
+        self.connection.close()
+        before = (self._info, {index: info.size for index, info in self._regions.items()})
+        self._drop_files()
+        self.connection = self._on_reconnect()
+        self._regions.clear()
+        self._irq_infos.clear()
+        self._info = self._ask_info()
+        if (self._info, {index: self.region_info(index).size for index in before[1]}) != before:
+            self.connection.close()
+            raise ProtocolError("another device is behind the socket now", object=self._label, hint="open it anew")
+        self._start()
+        self._irqs.repeat(self._most_fds())
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def _request(self, command: Command, *parts: bytes, fds: Sequence[int] = (), detail: str = "") -> bytearray:
+        payload, received = self._request_fds(command, *parts, fds=fds, detail=detail)
+        close_fds(received)
+        return payload
+
+    def _request_fds(
+        self, command: Command, *parts: bytes, fds: Sequence[int] = (), detail: str = ""
+    ) -> tuple[bytearray, list[int]]:
+        reply = self.connection.request(command, *parts, fds=fds, detail=detail)
+        return reply.payload, reply.fds
+
+    def _malformed(self, what: str) -> ProtocolError:
+        return ProtocolError(f"the server's answer is malformed: {what}", object=self._label)
+
+    # --- end ---------------------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        if any(self._windows):
+            raise StateError(f"{self.name} cannot be closed while parts of its BARs are mapped")
+        self._settle()
+        self.connection.close()
+        self._drop_files()
+        self._irqs.close()
+
+    def _settle(self) -> None:
+        """Have posted writes done before the server sees the end."""
+        with suppress(VfioError):
+            if self._posting:
+                self._request(Command.GET_INFO, wire.DEVICE_INFO.pack(wire.DEVICE_INFO.size, 0, 0, 0))
+
+    def _drop_files(self) -> None:
+        close_fds(list(self._files.values()))
+        self._files.clear()
+
+    def _leftover(self) -> Callable[[], None]:
+        return self.abandon
+
+    def abandon(self) -> None:
+        """Close, windows and all."""
+        for window in self._windows:
+            window.close()
+        with suppress(DeviceGoneError):
+            self.close()
