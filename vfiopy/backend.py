@@ -378,10 +378,16 @@ class Mapper(Protocol):
         """Usable IOVA ranges, sorted and disjoint; asked again after each device that joins or leaves."""
 
     def map(self, iova: int, memory: Memory, prot: Prot) -> None:
-        """Make memory reachable at ``iova``; all of it or, when it raises, nothing."""
+        """Make memory reachable at ``iova``; all of it or, when it raises, nothing.
+
+        Must raise where something is mapped there already: after an interrupted ``unmap`` it is asked to be sure.
+        """
 
     def unmap(self, iova: int, size: int) -> int:
-        """Undo one ``map``; return the number of bytes unmapped."""
+        """Undo one ``map``; return the number of bytes unmapped.
+
+        Must raise where there is no such mapping: after an interrupted ``map`` it is asked to be sure.
+        """
 
     def close(self) -> None:
         """Let go; everything is unmapped. Idempotent."""

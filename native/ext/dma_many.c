@@ -154,6 +154,7 @@ static PyObject *take_back(PyObject *object, PyObject *const *args, Py_ssize_t n
     return NULL;
 }
 
+/* NULL without an error: mappers in Python have to be called too, nothing has happened. */
 static PyObject *map_all(PyObject *object, const struct vfiopy_request *like, struct batch *batch)
 {
     struct vfiopy_space *space = vfiopy_space_of(of(object)->book);
@@ -171,6 +172,8 @@ static PyObject *map_all(PyObject *object, const struct vfiopy_request *like, st
     }
     if (!result)
         return Py_NewRef(batch->mappings);
+    if (result == VFIOPY_IN_STEPS)
+        return NULL;
     vfiopy_raise_failure(of(object)->book, "map", &failure, NULL);
     roll_back(batch->mappings, take_error());
     return NULL;
@@ -216,7 +219,7 @@ static PyObject *map_many(PyObject *object, PyObject *const *args, Py_ssize_t na
             mappings = map_all(object, &like, &batch);
         clear(&batch);
     }
-    if (!plain)
+    if (plain >= 0 && !mappings && !PyErr_Occurred())
         mappings = map_many_slowly(object, things, given);
     Py_DECREF(things);
     return mappings;

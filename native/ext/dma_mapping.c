@@ -171,6 +171,8 @@ int vfiopy_mapping_take_down(struct vfiopy_mapping_object *self, double timeout)
     done = vfiopy_iova_unmap_one(space->book, self->iova, self->serial, timeout);
     if (!done)
         return raise_unmapped((PyObject *)self);
+    if (done == 2) /* a mapper in Python joined since we looked */
+        return unmap_through_space((PyObject *)self, timeout);
     return done < 0 ? -1 : 0;
 }
 

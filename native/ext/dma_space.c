@@ -92,7 +92,10 @@ static PyObject *map_slowly(PyObject *object, PyObject *const *given)
     return mapping;
 }
 
-/* Map what the request says. `memory` is the reference that goes to the book. */
+/*
+ * Map what the request says. `memory` is the reference that goes to the book. None: mappers in Python have to be called
+ * too, nothing has happened.
+ */
 static PyObject *map_request(PyObject *object, struct vfiopy_request *request, PyObject *memory)
 {
     PyObject *book = of(object)->book;
@@ -117,6 +120,8 @@ static PyObject *map_request(PyObject *object, struct vfiopy_request *request, P
         if (!failure.kept)
             Py_DECREF(memory);
         Py_DECREF((PyObject *)mapping);
+        if (result == VFIOPY_IN_STEPS)
+            Py_RETURN_NONE;
         return vfiopy_raise_failure(book, "map", &failure, NULL);
     }
     mapping->size = request->size;
@@ -131,6 +136,7 @@ static PyObject *space_map(PyObject *object, PyObject *const *args, Py_ssize_t n
     PyObject *given[ARGUMENTS] = {NULL};
     struct vfiopy_host_memory *memory = NULL;
     struct vfiopy_request request;
+    PyObject *mapping;
 
     if (nargs == 1 && !keywords) {
         given[MEMORY] = args[0];
@@ -151,7 +157,11 @@ static PyObject *space_map(PyObject *object, PyObject *const *args, Py_ssize_t n
         return map_slowly(object, given);
     request.address = memory->address;
     request.size = memory->size;
-    return map_request(object, &request, (PyObject *)memory);
+    mapping = map_request(object, &request, (PyObject *)memory);
+    if (mapping != Py_None)
+        return mapping;
+    Py_DECREF(mapping);
+    return map_slowly(object, given); /* a mapper in Python joined since we looked */
 }
 
 static PyObject *space_map_memory(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
@@ -185,7 +195,8 @@ static PyMethodDef methods[] = {
      "    NoSpaceError: no hole is big enough, or the kernel takes no more mappings.\n"
      "    MemlockError: RLIMIT_MEMLOCK; the message says how much is charged."},
     {"_map_memory", VFIOPY_FAST(space_map_memory), METH_FASTCALL | METH_KEYWORDS,
-     "Map by the arguments of IovaSpace.map; returns a Mapping. For AddressSpace."},
+     "Map by the arguments of IovaSpace.map; returns a Mapping, or None where mappers in Python have to be called too. "
+     "For AddressSpace."},
     {NULL, NULL, 0, NULL},
 };
 

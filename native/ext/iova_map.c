@@ -62,55 +62,6 @@ static PyObject *map_method(PyObject *self, PyObject *const *args, Py_ssize_t na
     return vfiopy_raise_failure(self, "map", &failure, NULL);
 }
 
-static PyObject *begin_map(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
-{
-    struct vfiopy_failure failure = {0};
-    struct vfiopy_request request;
-    PyObject *memory;
-    uint64_t iova;
-
-    if (vfiopy_iova_elsewhere(self) || vfiopy_iova_parse_request("begin_map", args, nargs, keywords, &request))
-        return NULL;
-    failure.asked = asked_of(&request);
-    memory = Py_NewRef((PyObject *)request.memory);
-    if (!vfiopy_space_begin_map(vfiopy_space_of(self), &request, &iova, &failure))
-        return PyLong_FromUnsignedLongLong(iova);
-    Py_DECREF(memory);
-    return vfiopy_raise_failure(self, "begin_map", &failure, NULL);
-}
-
-/* The mapping's serial number, or None where it was aborted. */
-static PyObject *end_map(PyObject *self, PyObject *argument, bool commit)
-{
-    struct vfiopy_space *space = vfiopy_space_of(self);
-    struct vfiopy_failure failure = {0};
-    struct vfiopy_gone gone = {0};
-    uint64_t iova, serial = 0;
-    int result;
-
-    if (vfiopy_iova_elsewhere(self) || vfiopy_get_u64(argument, "iova", &iova))
-        return NULL;
-    failure.asked = (struct vfiopy_range){iova, iova};
-    Py_BEGIN_ALLOW_THREADS
-    result = commit ? vfiopy_space_commit_map(space, iova, &serial, &gone, &failure)
-                    : vfiopy_space_abort_map(space, iova, &gone, &failure);
-    Py_END_ALLOW_THREADS
-    vfiopy_drop_gone(&gone);
-    if (result)
-        return vfiopy_raise_failure(self, commit ? "commit_map" : "abort_map", &failure, NULL);
-    return commit ? PyLong_FromUnsignedLongLong(serial) : Py_NewRef(Py_None);
-}
-
-static PyObject *commit_map(PyObject *self, PyObject *argument)
-{
-    return end_map(self, argument, true);
-}
-
-static PyObject *abort_map(PyObject *self, PyObject *argument)
-{
-    return end_map(self, argument, false);
-}
-
 /* --- mappers ------------------------------------------------------------------------------------------------- */
 
 static PyObject *add_kernel_mapper(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
@@ -176,10 +127,6 @@ PyMethodDef vfiopy_iova_map_methods[] = {
     {"map", VFIOPY_FAST(map_method), METH_FASTCALL | METH_KEYWORDS,
      "map(memory, address, size, prot, iova=-1, limit=2**64-1, align=0, kind=0, fd=-1, fd_offset=0, "
      "transient=False, physical=0, take_over=False): map it everywhere; returns the IOVA"},
-    {"begin_map", VFIOPY_FAST(begin_map), METH_FASTCALL | METH_KEYWORDS,
-     "begin_map(...as map...): reserve; commit_map or abort_map must follow"},
-    {"commit_map", commit_map, METH_O, "commit_map(iova): call the kernel's mappers and make it live; returns its serial number"},
-    {"abort_map", abort_map, METH_O, "abort_map(iova): give the range back"},
     {"add_kernel_mapper", VFIOPY_FAST(add_kernel_mapper), METH_FASTCALL | METH_KEYWORDS,
      "add_kernel_mapper(kind, fd, object_id=0, ioctl=0): new mappings go there too; returns a token"},
     {"remove_kernel_mapper", remove_kernel_mapper, METH_O, "remove_kernel_mapper(token): forget it, without a call"},

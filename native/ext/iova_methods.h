@@ -6,6 +6,7 @@
 
 extern PyMethodDef vfiopy_iova_map_methods[];
 extern PyMethodDef vfiopy_iova_unmap_methods[];
+extern PyMethodDef vfiopy_iova_step_methods[];
 extern PyMethodDef vfiopy_iova_look_methods[];
 extern PyMethodDef vfiopy_iova_pin_methods[];
 extern PyMethodDef vfiopy_iova_geometry_methods[];

@@ -82,13 +82,19 @@ bool vfiopy_is_iova_space(PyObject *object);
 int vfiopy_iova_parse_request(const char *function, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords,
                               struct vfiopy_request *request);
 
-/* Unmap the mapping with this first IOVA and serial. 1: done; 0: it is not mapped any more; -1 with an error set. */
+/*
+ * Unmap the mapping with this first IOVA and serial. 1: done; 0: it is not mapped any more; 2: mappers in Python have to
+ * be called; -1 with an error set.
+ */
 int vfiopy_iova_unmap_one(PyObject *book, uint64_t iova, uint64_t serial, double timeout);
 
 /* Drop the references to memory of mappings that are gone. */
 void vfiopy_drop_gone(struct vfiopy_gone *gone);
 
-/* --- unmapping, for iova_unmap.c and iova_closing.c ---------------------------------------------------------- */
+/* --- unmapping, for iova_unmap.c, iova_steps.c and iova_closing.c --------------------------------------------- */
+
+/* Bring an unmap to where it is ready. 0, or -1 with an error set and everything as it was. */
+int vfiopy_iova_get_ready(PyObject *self, const char *operation, struct vfiopy_unmap *unmap, double timeout);
 
 /*
  * Call each owner in `notices`. What a callback raises is reported as unraisable: the other owners must hear of it all
@@ -100,8 +106,9 @@ PyObject *vfiopy_iova_raise_pinned(PyObject *self, const char *operation, struct
 /* Call the mappers and let the memory go; -1 with an error set. */
 int vfiopy_iova_finish(PyObject *self, const char *operation, struct vfiopy_unmap *unmap);
 
-/* Make the struct sequence type of views, the type of unmaps that wait, and add them to the module. */
+/* Make the struct sequence type of views, the types of what is under way, and add them to the module. */
 int vfiopy_iova_views_init(PyObject *module);
 int vfiopy_iova_closing_init(PyObject *module);
+int vfiopy_iova_steps_init(PyObject *module);
 
 #endif

@@ -154,7 +154,7 @@ static int add_methods(PyObject *type)
 {
     PyMethodDef *const tables[] = {vfiopy_iova_geometry_methods, vfiopy_iova_map_methods, vfiopy_iova_unmap_methods,
                                    vfiopy_iova_look_methods, vfiopy_iova_pin_methods, vfiopy_iova_stats_methods,
-                                   vfiopy_iova_move_methods, vfiopy_iova_closing_methods};
+                                   vfiopy_iova_move_methods, vfiopy_iova_closing_methods, vfiopy_iova_step_methods};
 
     for (size_t table = 0; table < sizeof(tables) / sizeof(*tables); table++) {
         for (PyMethodDef *method = tables[table]; method->ml_name; method++) {
@@ -200,5 +200,7 @@ int vfiopy_iova_type_init(PyObject *module)
         result = PyModule_AddObjectRef(module, "IovaSpace", type);
     for (size_t i = 0; i < sizeof(constants) / sizeof(*constants) && !result; i++)
         result = PyModule_AddIntConstant(module, constants[i].name, constants[i].value);
-    return result || vfiopy_iova_closing_init(module) ? -1 : vfiopy_iova_views_init(module);
+    if (result || vfiopy_iova_closing_init(module) || vfiopy_iova_steps_init(module))
+        return -1;
+    return vfiopy_iova_views_init(module);
 }

@@ -66,8 +66,7 @@ static void back_out(PyObject *self, struct vfiopy_unmap *unmap)
         vfiopy_unmap_give_up(vfiopy_space_of(self), unmap);
 }
 
-/* Bring an unmap to where it is ready. 0, or -1 with an error set and everything as it was. */
-static int get_ready(PyObject *self, const char *operation, struct vfiopy_unmap *unmap, double timeout)
+int vfiopy_iova_get_ready(PyObject *self, const char *operation, struct vfiopy_unmap *unmap, double timeout)
 {
     struct vfiopy_space *space = vfiopy_space_of(self);
     struct vfiopy_failure failure = {.asked = unmap->range};
@@ -171,7 +170,7 @@ static PyObject *run(PyObject *self, const char *operation, struct vfiopy_unmap 
         done = at_once(self, operation, &handle, &unmap->bytes);
     }
     if (done < 0 ||
-        (!done && (get_ready(self, operation, unmap, seconds) || vfiopy_iova_finish(self, operation, unmap))))
+        (!done && (vfiopy_iova_get_ready(self, operation, unmap, seconds) || vfiopy_iova_finish(self, operation, unmap))))
         return NULL;
     return PyLong_FromUnsignedLongLong(unmap->bytes);
 }
@@ -187,7 +186,9 @@ static int unmap_in_steps(PyObject *book, const struct vfiopy_handle *handle, do
     Py_XDECREF((PyObject *)view.memory);
     if (view.serial != handle->serial)
         return 0;
-    return get_ready(book, "unmap", &unmap, timeout) || vfiopy_iova_finish(book, "unmap", &unmap) ? -1 : 1;
+    if (vfiopy_space_is_stepwise(vfiopy_space_of(book)))
+        return 2;
+    return vfiopy_iova_get_ready(book, "unmap", &unmap, timeout) || vfiopy_iova_finish(book, "unmap", &unmap) ? -1 : 1;
 }
 
 int vfiopy_iova_unmap_one(PyObject *book, uint64_t iova, uint64_t serial, double timeout)
@@ -197,16 +198,6 @@ int vfiopy_iova_unmap_one(PyObject *book, uint64_t iova, uint64_t serial, double
     int done = at_once(book, "unmap", &handle, &bytes);
 
     return done ? done : unmap_in_steps(book, &handle, timeout);
-}
-
-static int get_bounds(const char *operation, PyObject *first, PyObject *last, struct vfiopy_unmap *unmap)
-{
-    if (vfiopy_get_u64(first, "first", &unmap->range.first) || vfiopy_get_u64(last, "last", &unmap->range.last))
-        return -1;
-    if (unmap->range.first <= unmap->range.last)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s(): first %S is above last %S", operation, first, last);
-    return -1;
 }
 
 static PyObject *unmap_method(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
@@ -229,7 +220,7 @@ static PyObject *unmap_range(PyObject *self, PyObject *const *args, Py_ssize_t n
     PyObject *given[3];
 
     if (vfiopy_arguments("unmap_range", args, nargs, keywords, names, 2, given) ||
-        get_bounds("unmap_range", given[0], given[1], &unmap))
+        vfiopy_get_bounds("unmap_range", given, 2, &unmap.range))
         return NULL;
     return run(self, "unmap_range", &unmap, given[2]);
 }
@@ -243,81 +234,6 @@ static PyObject *unmap_all(PyObject *self, PyObject *const *args, Py_ssize_t nar
     if (vfiopy_arguments("unmap_all", args, nargs, keywords, names, 0, given))
         return NULL;
     return run(self, "unmap_all", &unmap, given[0]);
-}
-
-/* --- in steps, for mappers written in Python ----------------------------------------------------------------- */
-
-static PyObject *begin_unmap(PyObject *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
-{
-    static const char *const names[] = {"first", "last", "timeout", NULL};
-    struct vfiopy_unmap unmap = {0};
-    struct vfiopy_failure failure = {0};
-    struct vfiopy_views views = {0};
-    PyObject *given[3], *list;
-    double seconds = 0;
-    int result;
-
-    if (vfiopy_arguments("begin_unmap", args, nargs, keywords, names, 2, given) ||
-        get_bounds("begin_unmap", given[0], given[1], &unmap) ||
-        (given[2] && vfiopy_get_timeout(given[2], &seconds)) || get_ready(self, "begin_unmap", &unmap, seconds))
-        return NULL;
-    result = vfiopy_unmap_views(vfiopy_space_of(self), &unmap, &views);
-    list = vfiopy_views_list(&views, vfiopy_view_object);
-    if (!result && list) {
-        result = vfiopy_unmap_hand_out(vfiopy_space_of(self), &unmap, &failure);
-        if (!result)
-            return list;
-    }
-    vfiopy_unmap_undo(vfiopy_space_of(self), &unmap);
-    Py_XDECREF(list);
-    if (failure.result) {
-        failure.asked = unmap.range;
-        return vfiopy_raise_failure(self, "begin_unmap", &failure, NULL);
-    }
-    return result ? PyErr_NoMemory() : NULL;
-}
-
-static int adopt(PyObject *self, const char *operation, PyObject *const *args, Py_ssize_t nargs,
-                 struct vfiopy_unmap *unmap)
-{
-    struct vfiopy_failure failure = {0};
-    int result;
-
-    if (vfiopy_iova_elsewhere(self))
-        return -1;
-    if (nargs != 2) {
-        PyErr_Format(PyExc_TypeError, "%s() takes 2 arguments (first, last), not %zd", operation, nargs);
-        return -1;
-    }
-    if (get_bounds(operation, args[0], args[1], unmap))
-        return -1;
-    Py_BEGIN_ALLOW_THREADS
-    result = vfiopy_unmap_adopt(vfiopy_space_of(self), unmap, &failure);
-    Py_END_ALLOW_THREADS
-    if (!result)
-        return 0;
-    failure.asked = unmap->range;
-    vfiopy_raise_failure(self, operation, &failure, NULL);
-    return -1;
-}
-
-static PyObject *finish_unmap(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    struct vfiopy_unmap unmap = {0};
-
-    if (adopt(self, "finish_unmap", args, nargs, &unmap) || vfiopy_iova_finish(self, "finish_unmap", &unmap))
-        return NULL;
-    return PyLong_FromUnsignedLongLong(unmap.bytes);
-}
-
-static PyObject *abort_unmap(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    struct vfiopy_unmap unmap = {0};
-
-    if (adopt(self, "abort_unmap", args, nargs, &unmap))
-        return NULL;
-    vfiopy_unmap_undo(vfiopy_space_of(self), &unmap);
-    Py_RETURN_NONE;
 }
 
 static PyObject *resync(PyObject *self, PyObject *Py_UNUSED(ignored))
@@ -346,14 +262,6 @@ PyMethodDef vfiopy_iova_unmap_methods[] = {
      "unmap_range(first, last, timeout=0): unmap all mappings in the range; returns the number of bytes"},
     {"unmap_all", VFIOPY_FAST(unmap_all), METH_FASTCALL | METH_KEYWORDS,
      "unmap_all(timeout=0): unmap everything; returns the number of bytes"},
-    {"begin_unmap", VFIOPY_FAST(begin_unmap), METH_FASTCALL | METH_KEYWORDS,
-     "begin_unmap(first, last, timeout=0): mark what is there; finish_unmap or abort_unmap must follow,\n"
-     "with the same bounds, even if there is nothing; until then nobody else can begin with them"},
-    {"finish_unmap", VFIOPY_FAST(finish_unmap), METH_FASTCALL,
-     "finish_unmap(first, last): call the kernel's mappers and erase what begin_unmap(first, last) marked;\n"
-     "returns the number of bytes"},
-    {"abort_unmap", VFIOPY_FAST(abort_unmap), METH_FASTCALL, 
-     "abort_unmap(first, last): what begin_unmap(first, last) marked is live again"},
     {"resync", resync, METH_NOARGS,
      "resync(): unmap again what is in an unknown state; returns the number of bytes that are free now"},
     {NULL, NULL, 0, NULL},

@@ -47,13 +47,6 @@ struct vfiopy_geometry {
     uint64_t max_mappings; /* 0: no limit */
 };
 
-/* An unmap that waits for a caller with mappers of its own. */
-struct vfiopy_handed_out {
-    struct vfiopy_range range; /* as it was asked for: what the caller ends it by */
-    uint32_t id;
-    struct vfiopy_handed_out *next;
-};
-
 struct vfiopy_owner {
     char *name;
     void *callback;
@@ -74,8 +67,9 @@ struct vfiopy_space {
     uint32_t active;       /* slots that new mappings go to */
     _Atomic uint32_t present; /* number of mappers, for a look without the lock */
     uint32_t last_token, last_unmap;
+    bool stepwise;     /* callers have mappers of their own: everything goes in steps */
+    unsigned at_once;  /* maps and unmaps under way that do not */
     struct vfiopy_unmap *watched; /* unmaps that want to hear when their pins are gone */
-    struct vfiopy_handed_out *handed_out;
     uint64_t last_serial;
     struct vfiopy_owner *owners; /* by id */
     size_t owner_count;
@@ -176,6 +170,21 @@ void vfiopy_pins_gone(struct vfiopy_space *space, const struct vfiopy_mapping *m
 int vfiopy_fail(struct vfiopy_failure *failure, enum vfiopy_result result);
 int vfiopy_fail_at(struct vfiopy_failure *failure, enum vfiopy_result result, const struct vfiopy_mapping *clash);
 int vfiopy_fail_range(struct vfiopy_failure *failure, enum vfiopy_result result, struct vfiopy_range clash);
+
+/* With the lock: begin and end a map or unmap that is not in steps. VFIOPY_IN_STEPS: it must be. */
+static inline int vfiopy_enter_at_once(struct vfiopy_space *space, struct vfiopy_failure *failure)
+{
+    if (space->stepwise)
+        return vfiopy_fail(failure, VFIOPY_IN_STEPS);
+    space->at_once++;
+    return VFIOPY_OK;
+}
+
+static inline void vfiopy_leave_at_once(struct vfiopy_space *space)
+{
+    space->at_once--;
+    vfiopy_changed(space);
+}
 
 /* look.c; with the lock */
 void vfiopy_fill_view(const struct vfiopy_space *space, const struct vfiopy_mapping *mapping,

@@ -50,10 +50,6 @@ void vfiopy_space_destroy(struct vfiopy_space *space)
     for (size_t owner = 0; owner < space->owner_count; owner++)
         free(space->owners[owner].name);
     free(space->owners);
-    for (struct vfiopy_handed_out *next, *it = space->handed_out; it; it = next) {
-        next = it->next;
-        free(it);
-    }
     vfiopy_geometry_destroy(space);
     vfiopy_free_destroy(&space->free);
     vfiopy_pool_destroy(&space->pool);

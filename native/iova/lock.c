@@ -10,6 +10,25 @@ void vfiopy_wait(struct vfiopy_space *space)
     space->waiters--;
 }
 
+void vfiopy_space_set_stepwise(struct vfiopy_space *space, bool stepwise)
+{
+    vfiopy_lock(space);
+    space->stepwise = stepwise;
+    while (space->stepwise && space->at_once)
+        vfiopy_wait(space);
+    vfiopy_unlock(space);
+}
+
+bool vfiopy_space_is_stepwise(struct vfiopy_space *space)
+{
+    bool stepwise;
+
+    vfiopy_lock(space);
+    stepwise = space->stepwise;
+    vfiopy_unlock(space);
+    return stepwise;
+}
+
 void vfiopy_pins_gone(struct vfiopy_space *space, const struct vfiopy_mapping *mapping)
 {
     const uint64_t one = 1;

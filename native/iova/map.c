@@ -255,12 +255,16 @@ int vfiopy_space_map(struct vfiopy_space *space, const struct vfiopy_request *re
     int result;
 
     vfiopy_lock(space);
-    result = reserve_locked(space, request, &mapping, failure);
+    result = vfiopy_enter_at_once(space, failure);
     if (!result) {
-        *iova = mapping->iova.first;
-        if (serial)
-            *serial = mapping->serial;
-        result = commit_locked(space, mapping, &gone, failure);
+        result = reserve_locked(space, request, &mapping, failure);
+        if (!result) {
+            *iova = mapping->iova.first;
+            if (serial)
+                *serial = mapping->serial;
+            result = commit_locked(space, mapping, &gone, failure);
+        }
+        vfiopy_leave_at_once(space);
     }
     if (gone.head)
         vfiopy_gone_free(&gone);

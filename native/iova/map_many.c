@@ -131,13 +131,18 @@ static int commit_batch(struct vfiopy_space *space, const struct vfiopy_request 
 int vfiopy_space_map_many(struct vfiopy_space *space, const struct vfiopy_request *like, struct vfiopy_piece *pieces,
                           size_t count, struct vfiopy_failure *failure)
 {
-    int result = VFIOPY_OK;
+    int result;
 
     for (size_t i = 0; i < count; i++) {
         pieces[i].serial = 0;
         pieces[i].kept = false;
     }
     vfiopy_lock(space);
+    result = vfiopy_enter_at_once(space, failure);
+    if (result) {
+        vfiopy_unlock(space);
+        return result;
+    }
     while (count && !result) {
         size_t batch = count < VFIOPY_BATCH ? count : VFIOPY_BATCH;
         struct vfiopy_mapping *list;
@@ -148,6 +153,7 @@ int vfiopy_space_map_many(struct vfiopy_space *space, const struct vfiopy_reques
         pieces += batch;
         count -= batch;
     }
+    vfiopy_leave_at_once(space);
     vfiopy_unlock(space);
     return result;
 }

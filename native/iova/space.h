@@ -45,7 +45,7 @@ enum vfiopy_result {
     VFIOPY_SHORT,         /* the kernel unmapped value bytes, not all; clash as above */
     VFIOPY_NO_ADDRESS,    /* clash: a mapping whose memory has no valid address now */
     VFIOPY_HAS_ADDRESS,   /* clash: a mapping whose address was not lost */
-    VFIOPY_NOT_BEGUN,     /* no unmap of exactly this range is handed out */
+    VFIOPY_IN_STEPS,      /* the caller has mappers of its own, to be called in between: see set_stepwise */
 };
 
 enum vfiopy_state {
@@ -199,7 +199,13 @@ struct vfiopy_piece {
 int vfiopy_space_map_many(struct vfiopy_space *space, const struct vfiopy_request *like, struct vfiopy_piece *pieces,
                           size_t count, struct vfiopy_failure *failure);
 
-/* The same in two steps, for callers with mappers of their own in between. Commit calls the kernel's mappers. */
+/* The same in two steps, for callers with mappers of their own in between. Commit calls the kernel's mappers.
+ *
+ * Such a caller says so when its first mapper comes: from then on nothing is mapped or unmapped at once, which would
+ * pass it by, and what was under way is waited for. The caller sees to it that its own steps and the mapper's coming
+ * and going do not overlap. */
+void vfiopy_space_set_stepwise(struct vfiopy_space *space, bool stepwise);
+bool vfiopy_space_is_stepwise(struct vfiopy_space *space);
 int vfiopy_space_begin_map(struct vfiopy_space *space, const struct vfiopy_request *request, uint64_t *iova,
                            struct vfiopy_failure *failure);
 int vfiopy_space_commit_map(struct vfiopy_space *space, uint64_t iova, uint64_t *serial, struct vfiopy_gone *gone,
@@ -218,6 +224,7 @@ struct vfiopy_notice {
 struct vfiopy_unmap {
     struct vfiopy_range range;
     bool exact; /* a mapping must begin at range.first; the range becomes that mapping's */
+    bool stepwise; /* the caller has called, or will call, mappers of its own */
     uint64_t serial; /* and it must be this one; 0: any */
     uint32_t id;
     struct vfiopy_mapping *ready; /* what is marked unmapping */
@@ -260,14 +267,14 @@ void vfiopy_unmap_unwatch(struct vfiopy_space *space, struct vfiopy_unmap *unmap
 void vfiopy_unmap_wait_idle(struct vfiopy_space *space, const struct vfiopy_unmap *unmap);
 /* Not ready yet: everything is as it was. */
 void vfiopy_unmap_give_up(struct vfiopy_space *space, struct vfiopy_unmap *unmap);
-/* Ready: call the mappers and erase. */
+/* Ready: call the mappers and erase. Where that fails, what was not unmapped is live again, or unknown. */
 int vfiopy_unmap_finish(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure);
 /* What is ready. */
 int vfiopy_unmap_views(struct vfiopy_space *space, const struct vfiopy_unmap *unmap, struct vfiopy_views *views);
-/* Ready: leave it to other mappers first, under the name of its range, which no other may have meanwhile. Then adopt,
- * by the same range, what this one marked, and finish or undo it. On failure all is still ready, or still handed out. */
-int vfiopy_unmap_hand_out(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure);
-int vfiopy_unmap_adopt(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure);
+/* Ready, in steps: leave what it marked alone while mappers of the caller's are called; then adopt it again, and finish
+ * or undo it. */
+void vfiopy_unmap_hand_out(struct vfiopy_space *space, struct vfiopy_unmap *unmap);
+void vfiopy_unmap_adopt(struct vfiopy_space *space, struct vfiopy_unmap *unmap);
 void vfiopy_unmap_undo(struct vfiopy_space *space, struct vfiopy_unmap *unmap);
 
 /* Unmap again what is unknown. VFIOPY_OK if nothing unknown is left. */

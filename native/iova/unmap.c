@@ -119,14 +119,17 @@ enum vfiopy_step vfiopy_unmap_step(struct vfiopy_space *space, struct vfiopy_unm
                                    struct vfiopy_failure *failure)
 {
     enum vfiopy_step step = VFIOPY_STEP_READY;
-    struct vfiopy_mapping *mapping, *start;
+    struct vfiopy_mapping *mapping, *start = NULL;
     size_t owners = 0;
     int result;
 
     vfiopy_lock(space);
     while (!unmap->id)
         unmap->id = ++space->last_unmap;
-    result = check_ends(space, unmap, &start, failure);
+    if (space->stepwise && !unmap->stepwise)
+        result = vfiopy_fail(failure, VFIOPY_IN_STEPS);
+    else
+        result = check_ends(space, unmap, &start, failure);
     for (mapping = start; mapping && !result && step != VFIOPY_STEP_BUSY; mapping = vfiopy_mapping_next_in(mapping, unmap->range)) {
         result = check_state(mapping, unmap->id, failure);
         if (!result && mapping->busy) {
@@ -164,83 +167,73 @@ int vfiopy_unmap_views(struct vfiopy_space *space, const struct vfiopy_unmap *un
     return result;
 }
 
+/* What is ready is live again; with the lock. */
+static void undo(struct vfiopy_space *space, struct vfiopy_unmap *unmap)
+{
+    struct vfiopy_mapping *mapping;
+
+    while ((mapping = unmap->ready)) {
+        unmap->ready = mapping->next;
+        vfiopy_stays(space, mapping, VFIOPY_LIVE);
+    }
+    vfiopy_changed(space);
+}
+
 int vfiopy_unmap_finish(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure)
 {
     struct vfiopy_tally tally = {0};
     int result;
 
     vfiopy_lock(space);
-    result = vfiopy_unmap_list(space, unmap->ready, &tally, &unmap->gone, failure);
-    unmap->ready = NULL;
-    unmap->bytes += tally.bytes;
-    vfiopy_unlock(space);
-    return result;
-}
-
-static struct vfiopy_handed_out **handed_out_at(struct vfiopy_space *space, struct vfiopy_range range)
-{
-    struct vfiopy_handed_out **at = &space->handed_out;
-
-    while (*at && ((*at)->range.first != range.first || (*at)->range.last != range.last))
-        at = &(*at)->next;
-    return at;
-}
-
-int vfiopy_unmap_hand_out(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure)
-{
-    struct vfiopy_handed_out *mine = malloc(sizeof(*mine));
-    int result = VFIOPY_OK;
-
-    if (!mine)
-        return vfiopy_fail(failure, VFIOPY_NO_MEMORY);
-    *mine = (struct vfiopy_handed_out){.range = unmap->range, .id = unmap->id};
-    vfiopy_lock(space);
-    /* The range is its name. A mapping of the other one would have stopped this one before: it has none. */
-    if (*handed_out_at(space, unmap->range)) {
-        result = vfiopy_fail_range(failure, VFIOPY_IS_UNMAPPING, unmap->range);
-        failure->clash.state = VFIOPY_UNMAPPING;
+    result = unmap->stepwise ? VFIOPY_OK : vfiopy_enter_at_once(space, failure);
+    if (result) {
+        undo(space, unmap);
     } else {
-        mine->next = space->handed_out;
-        space->handed_out = mine;
-        for (struct vfiopy_mapping *mapping = unmap->ready; mapping; mapping = mapping->next) {
-            mapping->busy = false;
-            mapping->handed_out = true;
-        }
+        result = vfiopy_unmap_list(space, unmap->ready, &tally, &unmap->gone, failure);
         unmap->ready = NULL;
-        vfiopy_changed(space);
+        unmap->bytes += tally.bytes;
+        if (!unmap->stepwise)
+            vfiopy_leave_at_once(space);
     }
     vfiopy_unlock(space);
-    if (result)
-        free(mine);
     return result;
 }
 
-static bool is_of(const struct vfiopy_mapping *mapping, const struct vfiopy_handed_out *mine)
+void vfiopy_unmap_hand_out(struct vfiopy_space *space, struct vfiopy_unmap *unmap)
 {
-    return mapping->state == VFIOPY_UNMAPPING && mapping->handed_out && mapping->unmap_id == mine->id;
+    vfiopy_lock(space);
+    for (struct vfiopy_mapping *mapping = unmap->ready; mapping; mapping = mapping->next) {
+        mapping->busy = false;
+        mapping->handed_out = true;
+    }
+    unmap->ready = NULL;
+    vfiopy_changed(space);
+    vfiopy_unlock(space);
 }
 
 /* Others may have mapped, and handed out, in the same range since: theirs stays theirs. */
-int vfiopy_unmap_adopt(struct vfiopy_space *space, struct vfiopy_unmap *unmap, struct vfiopy_failure *failure)
+static bool is_mine(const struct vfiopy_mapping *mapping, const struct vfiopy_unmap *unmap)
 {
-    struct vfiopy_handed_out *mine, **at;
+    return mapping->handed_out && mapping->unmap_id == unmap->id;
+}
+
+void vfiopy_unmap_adopt(struct vfiopy_space *space, struct vfiopy_unmap *unmap)
+{
     struct vfiopy_mapping *mapping, **end = &unmap->ready;
-    int result = VFIOPY_OK;
 
     vfiopy_lock(space);
-again:
-    at = handed_out_at(space, unmap->range);
-    mine = *at;
-    mapping = mine ? vfiopy_mapping_in(space, unmap->range) : NULL;
-    for (; mapping; mapping = vfiopy_mapping_next_in(mapping, unmap->range)) {
-        if (is_of(mapping, mine) && mapping->busy) {
+    mapping = vfiopy_mapping_in(space, unmap->range);
+    while (mapping) {
+        if (is_mine(mapping, unmap) && mapping->busy) {
             vfiopy_wait(space); /* a mapper joins or leaves */
-            goto again;
+            mapping = vfiopy_mapping_in(space, unmap->range);
+            continue;
         }
+        mapping = vfiopy_mapping_next_in(mapping, unmap->range);
     }
-    mapping = mine ? vfiopy_mapping_in(space, unmap->range) : NULL;
+    mapping = vfiopy_mapping_in(space, unmap->range);
     for (; mapping; mapping = vfiopy_mapping_next_in(mapping, unmap->range)) {
-        if (!is_of(mapping, mine))
+        if (!is_mine(mapping, unmap))
             continue;
         mapping->handed_out = false;
         mapping->busy = true;
@@ -248,25 +241,13 @@ again:
         end = &mapping->next;
     }
     *end = NULL;
-    if (mine)
-        *at = mine->next;
-    else
-        result = vfiopy_fail_range(failure, VFIOPY_NOT_BEGUN, unmap->range);
     vfiopy_unlock(space);
-    free(mine);
-    return result;
 }
 
 void vfiopy_unmap_undo(struct vfiopy_space *space, struct vfiopy_unmap *unmap)
 {
-    struct vfiopy_mapping *mapping;
-
     vfiopy_lock(space);
-    while ((mapping = unmap->ready)) {
-        unmap->ready = mapping->next;
-        vfiopy_stays(space, mapping, VFIOPY_LIVE);
-    }
-    vfiopy_changed(space);
+    undo(space, unmap);
     vfiopy_unlock(space);
 }
 

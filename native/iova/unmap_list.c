@@ -73,7 +73,7 @@ static struct vfiopy_mapping *mark_idle(struct vfiopy_space *space, const struct
 {
     struct vfiopy_mapping *mapping = vfiopy_mapping_at(space, handle->iova);
 
-    if (!mapping || mapping->iova.first != handle->iova || mapping->state != VFIOPY_LIVE || mapping->busy ||
+    if (space->stepwise || !mapping || mapping->iova.first != handle->iova || mapping->state != VFIOPY_LIVE || mapping->busy ||
         (mapping->pins && vfiopy_pins_of(mapping)) || (handle->serial && handle->serial != mapping->serial))
         return NULL;
     vfiopy_set_state(space, mapping, VFIOPY_UNMAPPING);
@@ -92,8 +92,11 @@ int vfiopy_space_unmap_idle(struct vfiopy_space *space, const struct vfiopy_hand
 
     vfiopy_lock(space);
     mapping = mark_idle(space, handle);
-    if (mapping)
+    if (mapping) {
+        vfiopy_enter_at_once(space, failure);
         result = vfiopy_unmap_list(space, mapping, &tally, &gone, failure);
+        vfiopy_leave_at_once(space);
+    }
     if (gone.head)
         *memory = vfiopy_gone_free(&gone);
     vfiopy_unlock(space);
@@ -118,8 +121,11 @@ int vfiopy_space_unmap_idle_many(struct vfiopy_space *space, const struct vfiopy
             if (idle)
                 end = &(*end)->next;
         }
-        if (list)
+        if (list) {
+            vfiopy_enter_at_once(space, failure);
             result = vfiopy_unmap_list(space, list, &tally, gone, failure);
+            vfiopy_leave_at_once(space);
+        }
     }
     vfiopy_unlock(space);
     *done = tally.mappings;

@@ -1,16 +1,6 @@
 /* The debug walk: every link, order, sum and state of the book. */
 #include "pins.h"
 
-static bool is_handed_out(const struct vfiopy_space *space, const struct vfiopy_mapping *mapping)
-{
-    const struct vfiopy_handed_out *it = space->handed_out;
-
-    while (it && !(it->id == mapping->unmap_id && it->range.first <= mapping->iova.first &&
-                   it->range.last >= mapping->iova.last))
-        it = it->next;
-    return it;
-}
-
 static const char *verify_mapping(const struct vfiopy_space *space, const struct vfiopy_mapping *mapping)
 {
     const struct vfiopy_cell *cell = vfiopy_cell_of(&space->geometry, mapping->iova.first);
@@ -29,7 +19,7 @@ static const char *verify_mapping(const struct vfiopy_space *space, const struct
         return "a mapping that is not live has pins";
     if (mapping->state == VFIOPY_RESERVED && !mapping->busy && !mapping->handed_out)
         return "a reserved mapping belongs to nobody";
-    if (mapping->state == VFIOPY_UNMAPPING && !(mapping->handed_out ? is_handed_out(space, mapping) : mapping->busy))
+    if (mapping->state == VFIOPY_UNMAPPING && !(mapping->handed_out || mapping->busy))
         return "nobody is unmapping a mapping that is being unmapped";
     for (int slot = 0; slot < VFIOPY_MAX_MAPPERS; slot++) {
         if ((mapping->mapped_in >> slot & 1) && !space->mappers[slot].token)

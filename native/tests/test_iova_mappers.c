@@ -412,6 +412,34 @@ static void lost(enum vfiopy_mapper_kind kind)
     finish(space, 1);
 }
 
+/* With mappers of the caller's own nothing goes past them; their steps do what at once would have done. */
+static void stepwise(void)
+{
+    uint32_t tokens[1];
+    struct vfiopy_space *space = make(tokens, 1);
+    struct vfiopy_failure failure = {0};
+    struct vfiopy_range range = {PAGE, 2 * PAGE - 1};
+    struct vfiopy_unmap late = {.range = range}, steps = {.range = range, .stepwise = true};
+    uint64_t bytes = 0;
+
+    CHECK_EQUAL(vfiopy_unmap_step(space, &late, &failure), VFIOPY_STEP_READY);
+    vfiopy_space_set_stepwise(space, true);
+    CHECK_EQUAL(vfiopy_unmap_finish(space, &late, &failure), VFIOPY_IN_STEPS);
+    CHECK_EQUAL(map(space, 0x100000, PAGE, &failure), VFIOPY_IN_STEPS);
+    CHECK_EQUAL(unmap(space, range, &bytes, &failure), VFIOPY_IN_STEPS);
+    agree(space, 1);
+    CHECK_EQUAL(vfiopy_unmap_step(space, &steps, &failure), VFIOPY_STEP_READY);
+    vfiopy_unmap_hand_out(space, &steps);
+    verify(space);
+    vfiopy_unmap_adopt(space, &steps);
+    CHECK_EQUAL(vfiopy_unmap_finish(space, &steps, &failure), VFIOPY_OK);
+    CHECK_EQUAL(steps.bytes, PAGE);
+    drop(&steps.gone);
+    CHECK_EQUAL(commit(space, tokens, &failure), VFIOPY_OK);
+    vfiopy_space_set_stepwise(space, false);
+    finish(space, 1);
+}
+
 int main(void)
 {
     for (int rest = 0; rest < 2; rest++) {
@@ -427,6 +455,7 @@ int main(void)
     joins();
     joins_a_batch();
     long_batches();
+    stepwise();
     lost(VFIOPY_MAPPER_TYPE1);
     lost(VFIOPY_MAPPER_IOAS);
     return 0;

@@ -44,7 +44,7 @@ class Model(Geometry):
         self.kernel = kernel
         self.mappers: dict[int, Mapper] = {}
         self.owners: dict[int, Callable[[int, int], None] | None] = {0: None}
-        self.begun: dict[tuple[int, int], list[Mapped]] = {}
+        self.begun: list[list[Mapped]] = []
 
     # --- mapping -------------------------------------------------------------------------------------------------
 
@@ -82,11 +82,11 @@ class Model(Geometry):
         return it.iova
 
     def _handed_out(self, iova: int) -> Mapped:
-        for it in self.mapped:
-            if it.iova == iova and it.state == RESERVED and it.handed_out:
-                it.handed_out = False
-                return it
-        raise Refused(errors.BusyError if self.at(iova) else errors.NotMappedError)
+        it = next(it for it in self.mapped if it.iova == iova)
+        assert it.state == RESERVED
+        assert it.handed_out
+        it.handed_out = False
+        return it
 
     def commit_map(self, iova: int) -> None:
         self._commit(self._handed_out(iova))
@@ -271,28 +271,22 @@ class Model(Geometry):
 
     def begin_unmap(self, first: int, last: int) -> list[tuple[object, ...]]:
         touched = self._mark(first, last)
-        if (first, last) in self.begun:
-            for it in touched:
-                it.state = LIVE
-            raise Refused(errors.UnmappingError)
-        self.begun[first, last] = touched
+        self.begun.append(touched)
         for it in touched:
             it.handed_out = True
         return [it.row() for it in touched]
 
-    def _adopt(self, first: int, last: int) -> list[Mapped]:
-        if (first, last) not in self.begun:
-            raise Refused(errors.NotMappedError)
-        adopted = self.begun.pop((first, last))
+    def _adopt(self, number: int) -> list[Mapped]:
+        adopted = self.begun.pop(number)
         for it in adopted:
             it.handed_out = False
         return adopted
 
-    def finish_unmap(self, first: int, last: int) -> int:
-        return self._finish(self._adopt(first, last))
+    def finish_unmap(self, number: int) -> int:
+        return self._finish(self._adopt(number))
 
-    def abort_unmap(self, first: int, last: int) -> None:
-        for it in self._adopt(first, last):
+    def abort_unmap(self, number: int) -> None:
+        for it in self._adopt(number):
             it.state = LIVE
 
     def resync(self) -> int:

@@ -370,6 +370,8 @@ class Mapper:
         return [IovaRange(0, 0xFFFF_FFFF)]
 
     def map(self, iova: int, memory: Memory, prot: Prot) -> None:
+        if iova in self.mapped:
+            raise OSError(errno.EEXIST, "mapped already")
         self.mapped.append(iova)
 
     def unmap(self, iova: int, size: int) -> int:

@@ -13,7 +13,7 @@ from iova_kernel import FakeKernel
 
 from vfiopy import _native
 from vfiopy.errors import ForkedError
-from vfiopy.iova import MAPPER_TYPE1, IovaSpace
+from vfiopy.iova import MAPPER_TYPE1, IovaReservation, IovaSpace, IovaUnmapping
 
 PAGE = 4096
 HERE = 0x7F00_0000_0000
@@ -39,7 +39,9 @@ def space() -> IovaSpace:
     return space
 
 
-def uses(space: IovaSpace, token: int, owner: int) -> dict[str, Callable[[], object]]:
+def uses(
+    space: IovaSpace, token: int, owner: int, reserved: IovaReservation, marked: IovaUnmapping
+) -> dict[str, Callable[[], object]]:
     return {
         "set_usable": lambda: space.set_usable([(0, 0xFFFF_FFFF)], PAGE),
         "exclude": lambda: space.exclude(0, PAGE - 1),
@@ -52,8 +54,7 @@ def uses(space: IovaSpace, token: int, owner: int) -> dict[str, Callable[[], obj
         "free_ranges": space.free_ranges,
         "map": lambda: space.map("m", HERE, PAGE, 3),
         "begin_map": lambda: space.begin_map("m", HERE, PAGE, 3),
-        "commit_map": lambda: space.commit_map(0x10000),
-        "abort_map": lambda: space.abort_map(0x10000),
+        "commit": reserved.commit,
         "add_kernel_mapper": lambda: space.add_kernel_mapper(MAPPER_TYPE1, 5),
         "remove_kernel_mapper": lambda: space.remove_kernel_mapper(token),
         "replay": lambda: space.replay(token),
@@ -62,8 +63,9 @@ def uses(space: IovaSpace, token: int, owner: int) -> dict[str, Callable[[], obj
         "unmap_range": lambda: space.unmap_range(0x10000, 0x13FFF),
         "unmap_all": space.unmap_all,
         "begin_unmap": lambda: space.begin_unmap(0x10000, 0x13FFF),
-        "finish_unmap": lambda: space.finish_unmap(0x10000, 0x13FFF),
-        "abort_unmap": lambda: space.abort_unmap(0x10000, 0x13FFF),
+        "finish": marked.finish,
+        "set_stepwise": lambda: space.set_stepwise(False),
+        "is_stepwise": space.is_stepwise,
         "resync": space.resync,
         "find": lambda: space.find(0x10000),
         "overlapping": lambda: space.overlapping(0, 0xFFFF_FFFF),
@@ -102,15 +104,19 @@ def test_a_child_is_refused_every_method_and_the_kernel_hears_nothing(space: Iov
     token = space.add_kernel_mapper(MAPPER_TYPE1, 5, ioctl=kernel.address)
     space.replay(token)
     owner = space.add_owner("nic")
+    under_way = space.begin_map("m", HERE, PAGE, 3), space.begin_unmap(0, 0xFFF)
     calls = kernel.calls
 
     def work() -> bool:
-        refused = [is_refused(use) for use in uses(space, token, owner).values()]
+        refused = [is_refused(use) for use in uses(space, token, owner, *under_way).values()]
+        for step in under_way:
+            step.abort()  # as close(): nothing to do here
         return all(refused) and kernel.calls == calls and f"of process {os.getppid()}" in repr(space)
 
     assert in_child(work) == 1
     methods = {name for name in dir(_native.IovaSpace) if not name.startswith("_")}
-    assert methods - set(uses(space, token, owner)) == {"name"}
+    assert methods - set(uses(space, token, owner, *under_way)) == {"name"}
+    assert all(under_way)
     assert space.unmap(0x10000) == 4 * PAGE
 
 

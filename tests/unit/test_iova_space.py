@@ -295,7 +295,9 @@ def test_check_cuts_segments_and_refuses_holes_and_prot(space: IovaSpace) -> Non
 def test_map_in_two_steps(space: IovaSpace) -> None:
     memory = Memory()
     alive = weakref.ref(memory)
-    iova = space.begin_map(memory, HERE, PAGE, 3)
+    reserved = space.begin_map(memory, HERE, PAGE, 3)
+    iova = reserved.iova
+    assert (bool(reserved), reserved.size, reserved.serial) == (True, PAGE, None)
     assert space.find(iova) is None
     assert len(space) == 0
     with pytest.raises(errors.BusyError, match="is reserved"):
@@ -304,16 +306,42 @@ def test_map_in_two_steps(space: IovaSpace) -> None:
         space.unmap_range(0, 0xFFFF)
     with pytest.raises(errors.BusyError, match="is reserved"):
         space.pin(iova, PAGE, 1)
-    space.commit_map(iova)
-    assert space.find(iova) is not None
-    with pytest.raises(errors.BusyError):
-        space.commit_map(iova)
+    found = reserved.commit() and space.find(iova)
+    assert found
+    assert (bool(reserved), reserved.serial) == (False, found.serial)
+    with pytest.raises(errors.StateError, match="this map is over"):
+        reserved.commit()
+    reserved.abort()
+    assert iova in space
     second = space.begin_map(memory, HERE, PAGE, 3)
-    space.abort_map(second)
-    assert second not in space
+    second.abort()
+    second.abort()
+    with pytest.raises(errors.StateError, match="this map is over"):
+        second.commit()
+    assert second.iova not in space
+    assert second.serial is None
     space.unmap(iova)
-    del memory
+    del memory, found
     assert alive() is None
+    space.verify()
+
+
+def test_a_map_that_is_dropped_gives_its_range_back(space: IovaSpace) -> None:
+    free = space.free_ranges()
+    memory = Memory()
+    alive = weakref.ref(memory)
+    reserved = space.begin_map(memory, HERE, PAGE, 3)
+    del memory
+    assert alive() is not None
+    del reserved
+    assert alive() is None
+    assert space.free_ranges() == free
+    with pytest.raises(KeyError), space.begin_map(None, HERE, PAGE, 3):
+        raise KeyError
+    assert space.free_ranges() == free
+    with space.begin_map(None, HERE, PAGE, 3) as reserved:
+        reserved.commit()
+    assert reserved.iova in space
     space.verify()
 
 
@@ -321,22 +349,32 @@ def test_unmap_in_two_steps(space: IovaSpace) -> None:
     first = space.map("a", HERE, PAGE, 3)
     second = space.map("b", HERE, PAGE, 3)
     marked = space.begin_unmap(first, second + PAGE - 1)
-    assert [(it.memory, it.state) for it in marked] == [("a", STATE_UNMAPPING), ("b", STATE_UNMAPPING)]
+    assert [(it.memory, it.state) for it in marked.mappings] == [("a", STATE_UNMAPPING), ("b", STATE_UNMAPPING)]
     with pytest.raises(errors.UnmappingError, match="is being unmapped by somebody else"):
         space.unmap(first)
     with pytest.raises(errors.BusyError, match="is being unmapped"):
         space.map(None, HERE, PAGE, 3, iova=first)
     with pytest.raises(errors.NotMappedError):
         space.check(first, PAGE, 1)
-    with pytest.raises(errors.NotMappedError, match=r"no unmap of exactly .* is under way"):
-        space.abort_unmap(first, first + PAGE - 1)
-    space.abort_unmap(first, second + PAGE - 1)
+    assert marked
+    marked.abort()
+    assert not marked
     assert space.check(first, PAGE, 1) == [(HERE, PAGE, "a")]
-    with pytest.raises(errors.NotMappedError, match="no unmap of exactly"):
-        space.finish_unmap(first, second + PAGE - 1)
-    space.begin_unmap(first, first + PAGE - 1)
-    assert space.finish_unmap(first, first + PAGE - 1) == PAGE
+    with pytest.raises(errors.StateError, match="this unmap is over"):
+        marked.finish()
+    assert space.begin_unmap(first, first + PAGE - 1).finish() == PAGE
     assert [it.memory for it in space.mappings()] == ["b"]
+    space.verify()
+
+
+def test_an_unmap_that_is_dropped_leaves_everything(space: IovaSpace) -> None:
+    iova = space.map("a", HERE, PAGE, 3)
+    marked = space.begin_unmap(iova, iova + PAGE - 1)
+    del marked
+    assert space.check(iova, PAGE, 1) == [(HERE, PAGE, "a")]
+    with pytest.raises(KeyError), space.begin_unmap(iova, iova + PAGE - 1):
+        raise KeyError
+    assert space.unmap(iova) == PAGE
     space.verify()
 
 
@@ -344,30 +382,53 @@ def test_unmap_in_two_steps(space: IovaSpace) -> None:
 def test_an_unmap_ends_only_what_it_began(space: IovaSpace, finish: bool) -> None:
     everything = 0, 2**64 - 1
     space.map("a", HERE, PAGE, 3, iova=0x10000)
-    assert [it.memory for it in space.begin_unmap(*everything)] == ["a"]
+    first = space.begin_unmap(*everything)
+    assert [it.memory for it in first.mappings] == ["a"]
     space.map("b", HERE, PAGE, 3, iova=0x20000)
-    assert [it.memory for it in space.begin_unmap(0x20000, 0x20FFF)] == ["b"]
+    second = space.begin_unmap(0x20000, 0x20FFF)
+    assert [it.memory for it in second.mappings] == ["b"]
     if finish:
-        assert space.finish_unmap(*everything) == PAGE
+        assert first.finish() == PAGE
     else:
-        space.abort_unmap(*everything)
+        first.abort()
     assert (0x10000 in space, 0x20000 in space) == (not finish, True)
     assert space.find(0x20000)[5] == STATE_UNMAPPING  # type: ignore[index]
     space.verify()
-    assert space.finish_unmap(0x20000, 0x20FFF) == PAGE
+    assert second.finish() == PAGE
     space.verify()
 
 
-def test_an_unmap_of_nothing_is_under_way_too(space: IovaSpace) -> None:
-    assert space.begin_unmap(0x10000, 0x1FFFF) == []
-    space.map("long", HERE, 2 * PAGE, 3, iova=0x1F000)
+def test_an_unmap_of_nothing_leaves_what_came_later(space: IovaSpace) -> None:
+    marked = space.begin_unmap(0x10000, 0x1FFFF)
+    assert marked.mappings == []
     space.map("b", HERE, PAGE, 3, iova=0x10000)
-    space.unmap(0x1F000)
-    with pytest.raises(errors.UnmappingError, match=r"0x10000-0x1ffff is being unmapped"):
-        space.begin_unmap(0x10000, 0x1FFFF)
-    space.map("long", HERE, 2 * PAGE, 3, iova=0x1F000)
-    assert space.finish_unmap(0x10000, 0x1FFFF) == 0
-    assert [it.memory for it in space.mappings()] == ["b", "long"]
+    again = space.begin_unmap(0x10000, 0x1FFFF)
+    assert marked.finish() == 0
+    assert space.find(0x10000)[5] == STATE_UNMAPPING  # type: ignore[index]
+    assert again.finish() == PAGE
+    space.verify()
+
+
+def test_a_stepwise_space_refuses_what_would_pass_by_its_mappers(space: IovaSpace) -> None:
+    iova = space.map("a", HERE, PAGE, 3)
+    closing = space.closing(iova, iova + PAGE - 1)
+    assert closing.ready()
+    space.set_stepwise(True)
+    assert space.is_stepwise()
+    for call in (
+        closing.finish,
+        space.unmap_all,
+        lambda: space.unmap(iova),
+        lambda: space.map("b", HERE, PAGE, 3),
+        space.closing(iova, iova + PAGE - 1).ready,
+    ):
+        with pytest.raises(errors.StateError, match=r"would pass by its mappers .* call the AddressSpace's map"):
+            call()
+        assert [(it.memory, it.state) for it in space.mappings()] == [("a", STATE_LIVE)]
+    assert space.begin_unmap(iova, iova + PAGE - 1).finish() == PAGE
+    space.begin_map("b", HERE, PAGE, 3).commit()
+    space.set_stepwise(False)
+    assert space.unmap_all() == PAGE
     space.verify()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
-from typing import Any, Protocol
+from functools import reduce
+from threading import RLock
+from typing import Any, Protocol, cast
 
 from vfiopy.backend import BookReader, FileMemory, IovaRange, Mapper, Memory, MemoryKind, MemorySource, Placer, Prot
 from vfiopy.errors import MemoryKindError, NotMappedError
-from vfiopy.iova import IovaSpace
+from vfiopy.iova import STATE_LIVE, STATE_UNKNOWN, IovaMapping, IovaSpace
 
 __all__ = ["MapperSet", "Member"]
 
@@ -27,6 +28,10 @@ class MapperSet:
 
     Each step of joining and leaving can be done again after it was interrupted: a KeyboardInterrupt may come anywhere.
 
+    Mappers in Python have what the book has, in every state but reserved and unknown. One lock keeps that true: it is
+    held while one of them joins or leaves, and from the first of their calls to the last of a map or unmap. While there
+    is one, the book refuses to map or unmap without them.
+
     Attributes:
         kinds: the kinds of memory that every mapper takes.
         in_python: the mappers that native code cannot call by itself.
@@ -38,6 +43,7 @@ class MapperSet:
         self._tokens: dict[Mapper, int | None] = {}
         self._members: dict[Mapper, list[Member]] = {}
         self.in_python: list[Mapper] = []
+        self._lock = RLock()
         self.kinds = _EVERYTHING
 
     def __iter__(self) -> Any:
@@ -57,23 +63,25 @@ class MapperSet:
 
     def join(self, mapper: Mapper, member: Member) -> None:
         """Take a device in; replay what is mapped into a mapper that is new. On failure all is as before."""
-        if mapper in self._tokens:
-            self.refresh()
-            self._members[mapper].append(member)
-        else:
-            self.add(mapper, member)
+        with self._lock:
+            if mapper in self._tokens:
+                self.refresh()
+                self._members[mapper].append(member)
+            else:
+                self.add(mapper, member)
 
     def add(self, mapper: Mapper, *members: Member) -> None:
         """Take in a mapper whose devices are to come."""
-        self._tokens[mapper] = None
-        try:
-            self.refresh()
-            self._connect(mapper)
-            self._members[mapper] = list(members)
-        except BaseException:
-            self._forget(mapper)
-            self.refresh()
-            raise
+        with self._lock:
+            self._tokens[mapper] = None
+            try:
+                self.refresh()
+                self._connect(mapper)
+                self._members[mapper] = list(members)
+            except BaseException:
+                self._forget(mapper)
+                self.refresh()
+                raise
 
     def _connect(self, mapper: Mapper) -> None:
         target = mapper.kernel_target
@@ -83,18 +91,19 @@ class MapperSet:
         elif isinstance(mapper, BookReader):
             mapper.attach_book(self._book)
         else:
-            # First it takes part in new maps, then it is told of the old ones: none is missed in between.
             self._replay(mapper)
 
     def _replay(self, mapper: Mapper) -> None:
-        done: list[tuple[int, int]] = []
-        self.in_python.append(mapper)
+        # What native code is at is over after this, and what Python is at waits for the lock.
+        self._book.set_stepwise(True)
+        done = _Calls()
         try:
-            for iova, size, prot, _address, _kind, _state, memory in self._book.mappings():
-                mapper.map(iova, memory, Prot(prot))
-                done.append((iova, size))
+            for found in self._book.mappings():
+                if found.state != STATE_UNKNOWN:
+                    done.map(mapper, found.iova, cast("Memory", found.memory), Prot(found.prot))
+            self.in_python.append(mapper)
         except BaseException as error:
-            _roll_back(error, [partial(mapper.unmap, *one) for one in reversed(done)])
+            done.undo(error)
             raise
 
     def leave(self, mapper: Mapper, member: Member) -> None:
@@ -103,19 +112,21 @@ class MapperSet:
         A VFIO container forgets its mappings with its last group, and an IOAS without devices serves nobody. A device
         that joins later gets a new mapper and a replay.
         """
-        members = self._members.get(mapper)
-        if members is None or member not in members:
-            return
-        if members == [member]:
-            self._close(mapper)
-        members.remove(member)
-        self.refresh()
+        with self._lock:
+            members = self._members.get(mapper)
+            if members is None or member not in members:
+                return
+            if members == [member]:
+                self._close(mapper)
+            members.remove(member)
+            self.refresh()
 
     def close(self) -> None:
         """Close mappers whose devices never came."""
-        for mapper, members in list(self._members.items()):
-            if not members:
-                self._close(mapper)
+        with self._lock:
+            for mapper, members in list(self._members.items()):
+                if not members:
+                    self._close(mapper)
 
     def _close(self, mapper: Mapper) -> None:
         token = self._tokens.get(mapper)
@@ -133,9 +144,11 @@ class MapperSet:
         self._members.pop(mapper, None)
         if mapper in self.in_python:
             self.in_python.remove(mapper)
+        self._book.set_stepwise(bool(self.in_python))
 
     def refresh(self) -> None:
         """Tell the book what all mappers together can do; without one the last geometry stays, and maps are kept."""
+        self._book.set_stepwise(bool(self.in_python))
         if not self._tokens:
             self.kinds = _EVERYTHING
             return
@@ -176,20 +189,16 @@ class MapperSet:
 
     def map(self, memory: Memory, prot: Prot, arguments: tuple[Any, ...]) -> tuple[int, int]:
         """Map everywhere or nowhere; return the IOVA and the mapping's serial number."""
-        at = self._book.begin_map(*arguments)
-        done: list[Mapper] = []
-        try:
-            for mapper in self.in_python:
-                mapper.map(at, memory, prot)
-                done.append(mapper)
-            serial = self._book.commit_map(at)  # the kernel's mappers; on failure the book has given the range back
-        except BaseException as error:
-            undo: list[Callable[[], object]] = [partial(one.unmap, at, memory.size) for one in reversed(done)]
-            if len(done) < len(self.in_python):
-                undo.append(partial(self._book.abort_map, at))
-            _roll_back(error, undo)
-            raise
-        return at, serial
+        done = _Calls()
+        with self._lock, self._book.begin_map(*arguments) as reserved:
+            try:
+                for mapper in self.in_python:
+                    done.map(mapper, reserved.iova, memory, prot)
+                return reserved.iova, reserved.commit()
+            except BaseException as error:
+                if reserved.serial is None:  # else it came about before it was interrupted, as without Python mappers
+                    done.undo(error)
+                raise
 
     def unmap(self, iova: int, size: int | None, timeout: float) -> int:
         """Unmap everywhere or nowhere; return the number of bytes."""
@@ -202,33 +211,59 @@ class MapperSet:
                     hint="unmap whole mappings, by their first IOVA",
                 )
             size = found[1]
-        last = iova + size - 1
-        marked = self._book.begin_unmap(iova, last, timeout)
-        undo: list[tuple[int, Callable[[], object]]] = []
-        finishing = False
-        try:
-            for first, length, prot, _address, _kind, _state, memory in marked:
-                for mapper in self.in_python:
-                    mapper.unmap(first, length)
-                    undo.append((first, partial(mapper.map, first, memory, Prot(prot))))
-            finishing = True
-            return self._book.finish_unmap(iova, last)
-        except BaseException as error:
-            if not finishing:
-                _roll_back(error, [*(step for _, step in reversed(undo)), partial(self._book.abort_unmap, iova, last)])
-            else:
-                # The kernel refused: what the book still has must be there for the mappers in Python too.
-                _roll_back(error, [step for first, step in reversed(undo) if self._book.find(first) is not None])
-            raise
+        done = _Calls()
+        # Not under the lock: this may wait for pins, and who has them may have to map or unmap something first.
+        with self._book.begin_unmap(iova, iova + size - 1, timeout) as marked, self._lock:
+            try:
+                for one in marked.mappings:
+                    for mapper in self.in_python:
+                        done.unmap(mapper, one)
+                unmapped = marked.finish()
+            except BaseException as error:
+                # What the book still has must be there for the mappers in Python too.
+                done.undo(error, None if marked else self._is_live)
+                raise
+            return unmapped
+
+    def _is_live(self, mapping: IovaMapping) -> bool:
+        now = self._book.find(mapping.iova)
+        return now is not None and now.serial == mapping.serial and now.state == STATE_LIVE
 
 
-def _roll_back(error: BaseException, steps: list[Callable[[], object]]) -> None:
-    """Take every step, whatever the others raise; what goes wrong is noted on the error that is under way."""
-    for step in steps:
-        try:
-            step()
-        except Exception as trouble:
-            error.add_note(f"while putting things back: {trouble}")
+class _Calls:
+    """Calls of mappers in Python, to be undone. Each is noted before it is made, so that none goes unnoticed."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[Mapper, IovaMapping | tuple[int, int]]] = []
+        self._done = 0
+
+    def map(self, mapper: Mapper, iova: int, memory: Memory, prot: Prot) -> None:
+        self._begun.append((mapper, (iova, memory.size)))
+        mapper.map(iova, memory, prot)
+        self._done += 1
+
+    def unmap(self, mapper: Mapper, mapping: IovaMapping) -> None:
+        self._begun.append((mapper, mapping))
+        mapper.unmap(mapping.iova, mapping.size)
+        self._done += 1
+
+    def undo(self, error: BaseException, wanted: Callable[[IovaMapping], bool] | None = None) -> None:
+        """Undo the calls, last first, but unmaps only where ``wanted``; what goes wrong is noted on ``error``.
+
+        A call that raised has done nothing, except where it was interrupted: nobody knows, so undoing it may fail.
+        """
+        for index, (mapper, what) in reversed(list(enumerate(self._begun))):
+            sure = index < self._done
+            if not sure and isinstance(error, Exception):
+                continue
+            try:
+                if not isinstance(what, IovaMapping):
+                    mapper.unmap(*what)
+                elif wanted is None or wanted(what):
+                    mapper.map(what.iova, cast("Memory", what.memory), Prot(what.prot))
+            except Exception as trouble:
+                if sure:
+                    error.add_note(f"while putting things back: {trouble}")
 
 
 def _intersect(left: list[IovaRange], right: list[IovaRange]) -> list[IovaRange]:

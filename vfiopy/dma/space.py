@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -119,7 +119,9 @@ class AddressSpace(Resource, SpaceBase):
             kind = int(ready.kind)
             arguments = (ready, ready.address, ready.size, prot, wanted, limit, alignment, kind, fd, fd_offset)
             if not self._mappers.in_python:
-                return self._map_memory(*arguments)
+                mapping = self._map_memory(*arguments)
+                if mapping is not None:  # else a mapper in Python joined since we looked
+                    return mapping
             at, serial = self._mappers.map(ready, rights, arguments)
             return Mapping(self, at, ready.size, ready.address, rights, serial)
         except BaseException:
@@ -161,18 +163,23 @@ class AddressSpace(Resource, SpaceBase):
                 object=self._label,
                 hint="a range has at least one byte and ends within the 64-bit space",
             )
-        if self._mappers.in_python:
-            return self._mappers.unmap(iova, size, timeout)
         if size is None:
-            return self.book.unmap(iova, timeout)
-        return self.book.unmap_range(iova, iova + size - 1, timeout)
+            return self._unmap(lambda: self.book.unmap(iova, timeout), iova, None, timeout)
+        return self._unmap(lambda: self.book.unmap_range(iova, iova + size - 1, timeout), iova, size, timeout)
+
+    def _unmap(self, directly: Callable[[], int], iova: int, size: int | None, timeout: float) -> int:
+        try:
+            if not self.book.is_stepwise():
+                return directly()
+        except StateError:
+            if not self.book.is_stepwise():  # else a mapper in Python joined since we looked
+                raise
+        return self._mappers.unmap(iova, size, timeout)
 
     def unmap_all(self, *, timeout: float = 0.0) -> int:
         """Unmap everything; return the number of bytes."""
         self.check_open()
-        if self._mappers.in_python:
-            return self._mappers.unmap(0, 1 << 64, timeout)
-        return self.book.unmap_all(timeout)
+        return self._unmap(lambda: self.book.unmap_all(timeout), 0, 1 << 64, timeout)
 
     def allocate(
         self,

@@ -16,6 +16,8 @@ from vfiopy._native import (
     STATE_UNMAPPING,
     IovaClosing,
     IovaMapping,
+    IovaReservation,
+    IovaUnmapping,
 )
 from vfiopy.iova.accounting import Charges, charges
 from vfiopy.iova.closing import Leak, leaked_memory
@@ -36,7 +38,9 @@ __all__ = [
     "Charges",
     "IovaClosing",
     "IovaMapping",
+    "IovaReservation",
     "IovaSpace",
+    "IovaUnmapping",
     "Leak",
     "Stretch",
     "charges",

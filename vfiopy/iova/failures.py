@@ -241,11 +241,10 @@ def _is_unmapping(it: _Failure) -> Exception:
     )
 
 
-def _not_begun(it: _Failure) -> Exception:
-    return it.error(
-        NotMappedError,
-        f"{it.operation}: no unmap of exactly {it.asked} is under way",
-        "end it once, with the bounds that begin_unmap() was given",
+def _in_steps(it: _Failure) -> Exception:
+    return StateError(
+        f"{it.object}: {it.operation}() would pass by its mappers that are written in Python; "
+        "call the AddressSpace's map() and unmap(). Nothing was changed"
     )
 
 
@@ -333,7 +332,7 @@ _MAKERS: dict[str, Callable[[_Failure], Exception]] = {
     "no_access": _no_access,
     "pinned": _pinned,
     "is_unmapping": _is_unmapping,
-    "not_begun": _not_begun,
+    "in_steps": _in_steps,
     "not_pinned": _not_pinned,
     "too_many_pins": _too_many_pins,
     "no_owner": _no_owner,
