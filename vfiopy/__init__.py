@@ -36,7 +36,7 @@ from vfiopy.errors import (
     VfioTimeoutError,
 )
 from vfiopy.mmio import Region
-from vfiopy.opening import open  # noqa: A004  vfiopy.open is what users expect to call
+from vfiopy.opening import open, serve  # noqa: A004  vfiopy.open is what users expect to call
 from vfiopy.pci import Binding, Function, PciAddress, bind, find, function, grant, restore
 
 __version__ = "0.1.0"
@@ -95,4 +95,5 @@ __all__ = [
     "grant",
     "open",
     "restore",
+    "serve",
 ]

@@ -1,7 +1,9 @@
-"""``open()``: from what a user names to a :class:`~vfiopy.device.Device`."""
+"""``open()`` and ``serve()``: from what a user names to a :class:`~vfiopy.device.Device`, or to its server."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
@@ -13,8 +15,9 @@ from vfiopy.errors import DeviceNotFoundError, NotSupportedError
 if TYPE_CHECKING:
     from vfiopy.emulated import PciDevice
     from vfiopy.pci import Function, PciAddress
+    from vfiopy.vfio_user import Limits, Server
 
-__all__ = ["open"]
+__all__ = ["open", "serve"]
 
 _WITHOUT_KERNEL = {"emulated": "an emulated device", "vfio-user": "a device behind a socket"}
 
@@ -53,7 +56,7 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
     made_space = space is None
     room = AddressSpace(_name_of(target)) if space is None else space
     try:
-        io, mapper = _connect(target, backend, room, vf_token, noiommu, device_fd)
+        io, mapper = _connect(target, backend, room.mappers, vf_token, noiommu, device_fd)
         try:
             return Device(io, mapper, room, owns_space=made_space, map_msix=map_msix)
         except BaseException:
@@ -67,10 +70,45 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
         raise
 
 
+def serve(
+    target: str | PciAddress | Function | PciDevice,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    backend: str | None = None,
+    limits: Limits | None = None,
+    users: Collection[int] | None = None,
+) -> Server:
+    """Offer a device on a vfio-user socket: QEMU, vfiopy or another client uses it as hardware.
+
+    The server does nothing before its ``start()``, ``run()`` or ``serve()`` is called; ``close()`` ends it.
+
+    Args:
+        target: an emulated device object, its name (``"emulated:edu"``), or a real function bound to vfio-pci. A real
+            function can only be used by clients that share their memory.
+        path: of the socket; None where connected sockets are handed to ``Server.attach()``.
+        backend: as for :func:`open`.
+        limits: what clients may do: see :class:`vfiopy.vfio_user.Limits`.
+        users: ids of users whose processes may connect; None for all who can open the socket, which has mode 0600.
+
+    Raises:
+        BusyError: somebody serves there already, or uses the device.
+        VfioError: no socket can be made there.
+    """
+    from vfiopy import vfio_user  # noqa: PLC0415
+
+    io, mapper = _connect(target, backend, (), None, False, None)
+    try:
+        return vfio_user.Server(io, mapper, path, limits=limits or vfio_user.Limits(), users=users)
+    except BaseException:
+        io.close()
+        mapper.close()
+        raise
+
+
 def _connect(
     target: str | PciAddress | Function | PciDevice,
     backend: str | None,
-    space: AddressSpace,
+    mappers: Sequence[Mapper],
     vf_token: UUID | None,
     noiommu: bool,
     device_fd: int | None,
@@ -105,7 +143,7 @@ def _connect(
     return kernel.connect(
         name,
         backend=backend,
-        mappers=space.mappers,
+        mappers=mappers,
         vf_token=vf_token,
         noiommu=noiommu,
         device_fd=device_fd,

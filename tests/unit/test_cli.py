@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import vfiopy
 from vfiopy import __version__
 from vfiopy.cli.app import app
 from vfiopy.cli.main import main
@@ -72,3 +77,31 @@ def test_without_typer_it_says_what_to_install(
         main()
     assert stop.value.code == 2
     assert "pip install 'vfiopy[cli]'" in capsys.readouterr().err
+
+
+def test_serve_prints_what_to_say_and_ends_clean(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "edu.sock"
+    command = [sys.executable, "-m", "vfiopy", "serve", "edu", "--socket", os.fspath(path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        lines = [server.stdout.readline() for _ in range(5)]
+        try:
+            assert lines[0] == f"serving emulated:edu at {path}\n"
+            option = shlex.split(lines[1])[2]
+            assert json.loads(option) == {"driver": "vfio-user-pci", "socket": {"path": str(path), "type": "unix"}}
+            assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+            with vfiopy.open(lines[4].split("'")[1]) as device:
+                assert device.bars[0].read32(0) == 0x010000ED
+            again = runner.invoke(app, ["serve", "edu", "--socket", str(path)])
+            assert again.exit_code == 1
+            assert "a server listens there already" in again.output
+        finally:
+            server.terminate()
+        assert server.wait(10) == 0
+    assert not path.exists()
+
+
+def test_serving_what_does_not_exist(tmp_path: Path) -> None:
+    answer = runner.invoke(app, ["serve", "nothing", "--socket", str(tmp_path / "x.sock")])
+    assert answer.exit_code == 1
+    assert "there is no emulated device 'nothing'" in answer.output

@@ -127,7 +127,7 @@ def test_regions(client: RawClient) -> None:
 
 
 def test_a_region_that_does_not_fit_is_asked_for_again(client: RawClient) -> None:
-    assert region(client, 2, 32) == (40, 0xF, 2, 0, 0x4000, 0)
+    assert region(client, 2, 32) == (40, 0x7, 2, 0, 0x4000, 0)
     assert not client.fds
 
 

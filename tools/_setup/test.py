@@ -37,7 +37,7 @@ parts, in this order (default: all of them):
   native   C tests, with sanitizers, and cross-compiled for arm64 under qemu-user; a short fuzz run
   unit     tests/unit: no privileges, no hardware
   uapi     the generated constants against the headers of the lab's kernel
-  guest    tests/guest in the lab's machines (docs/lab.md); builds the kernel the first time
+  guest    tests/qemu with the lab's QEMU, tests/guest in its machines (docs/lab.md); builds the kernel the first time
   nightly  all of the above with the long profile, and the machines with other kernels
 """
 
@@ -163,8 +163,9 @@ class Run:
         self._pytest("uapi headers", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit/test_uapi.py")
 
     def guest(self) -> None:
-        """Tests on a real kernel, machine by machine."""
+        """Tests with a real QEMU, and on a real kernel, machine by machine."""
         self.wait_for_kernel()
+        self._pytest("qemu", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/qemu", long=False)
         for machine in MACHINES.values():
             if self.nightly or not machine.nightly:
                 self._guest(machine)

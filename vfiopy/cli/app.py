@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vfiopy
-from vfiopy import __version__, selftest
+from vfiopy import __version__, selftest, vfio_user
 from vfiopy.selftest.runner import ALL_BACKENDS
 
 __all__ = ["app"]
@@ -96,6 +100,29 @@ def run_restore(
     with _refusals_told():
         for one in vfiopy.restore(address):
             typer.echo(f"{one}: {vfiopy.function(one).driver or 'no driver'}")
+
+
+@app.command("serve")
+def run_serve(
+    target: Annotated[str, typer.Argument(help="An emulated device (edu), or a PCI address bound to vfio-pci.")],
+    socket: Annotated[Path, typer.Option(help="Where to listen; its folder is made with mode 0700.")],
+    trust_files: Annotated[
+        bool, typer.Option(help="Map memory files that the client could make shorter: it can then end the server.")
+    ] = False,
+) -> None:
+    """Offer a device on a vfio-user socket, for QEMU or vfiopy, until Ctrl-C or SIGTERM."""
+    name = target if ":" in target else f"emulated:{target}"
+    with _refusals_told(), vfiopy.serve(name, socket, limits=vfio_user.Limits(trust_files=trust_files)) as server:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # JSON and paths must stay in one piece, whatever the width of the terminal
+        typer.echo(f"serving {name} at {socket}")
+        typer.echo(f"QEMU:   -device {shlex.quote(server.qemu_option)}")
+        typer.echo("        share its memory, or every DMA is a message: -m SIZE -machine memory-backend=ram \\")
+        typer.echo("        -object memory-backend-memfd,id=ram,size=SIZE,share=on")
+        typer.echo(f"vfiopy: vfiopy.open('vfio-user:{socket.absolute()}')")
+        sys.stdout.flush()
+        with suppress(KeyboardInterrupt):
+            server.run()
 
 
 @contextmanager

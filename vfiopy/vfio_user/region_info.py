@@ -24,7 +24,7 @@ _MOST_AREAS: Final = 4096
 
 
 def encode_region_info(info: RegionInfo, argsz: int) -> bytes:
-    """Lay out the reply: whole, or where that is more than ``argsz`` bytes, without capabilities and MMAP.
+    """Lay out the reply: whole, or where that is more than ``argsz`` bytes, without capabilities.
 
     Whoever gets the short one sees in its ``argsz`` how much to ask for.
     """
@@ -35,14 +35,12 @@ def encode_region_info(info: RegionInfo, argsz: int) -> bytes:
         following = end if number + 1 < len(capabilities) else 0
         chain += _HEADER.pack(body[0], 1, following) + body[1]
     needed = wire.REGION_INFO.size + len(chain)
-    flags = int(info.flags)
+    flags, offset = int(info.flags), 0
+    if needed > argsz:
+        chain = b""  # and no flag that promises it: QEMU refuses one whose offset is 0
     if chain:
-        flags |= uapi.VFIO_REGION_INFO_FLAG_CAPS
-    whole = needed <= argsz
-    record = wire.REGION_INFO.pack(
-        needed, flags, info.index, wire.REGION_INFO.size if chain and whole else 0, info.size, info.offset
-    )
-    return record + chain if whole else record
+        flags, offset = flags | uapi.VFIO_REGION_INFO_FLAG_CAPS, wire.REGION_INFO.size
+    return wire.REGION_INFO.pack(needed, flags, info.index, offset, info.size, info.offset) + chain
 
 
 def _capabilities(info: RegionInfo) -> Iterator[tuple[int, bytes]]:

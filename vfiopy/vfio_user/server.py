@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import select
@@ -104,6 +105,18 @@ class Server(Resource):
     def connected(self) -> bool:
         """A client is there."""
         return self._session is not None
+
+    @property
+    def qemu_option(self) -> str:
+        """The value of QEMU's ``-device`` for this socket; QEMU 11.0 or later.
+
+        Raises:
+            StateError: it listens nowhere.
+        """
+        if self.path is None:
+            raise StateError(f"{self._label} has no path that QEMU could connect to")
+        where = {"path": os.fspath(self.path.absolute()), "type": "unix"}
+        return json.dumps({"driver": "vfio-user-pci", "socket": where})
 
     def attach(self, sock: socket.socket) -> None:
         """Take a connected socket as the client: one end of a socketpair, or what a launcher accepted.
