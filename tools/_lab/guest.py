@@ -17,6 +17,7 @@ from .console import Console
 from .machines import Machine
 from .paths import TREE, cache, say, scratch
 from .process import dies_with_us
+from .served import serving
 from .watch import Outcome, Watch
 
 __all__ = ["Job", "run_job"]
@@ -172,7 +173,7 @@ def run_job(job: Job, machine: Machine, *, qemu: list[str], kernel: Path, log: P
         ]
         console = Console(run / "console.log")  # two guests at once must not write one file
         try:
-            with _qemu(command, far) as process:
+            with serving(machine.serves, run), _qemu(command, far) as process:
                 outcome = Watch(process, near, console, slowness=machine.slowness).follow(job.timeout, job.idle)
         finally:
             console.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+
+from .served import socket_path
 
 __all__ = ["DEFAULT", "MACHINES", "Machine"]
 
@@ -15,6 +18,8 @@ MEMORY = """
 -object memory-backend-ram,id=m0,size=2G -numa node,nodeid=0,cpus=0,memdev=m0
 -object memory-backend-ram,id=m1,size=4G -numa node,nodeid=1,cpus=1,memdev=m1
 """
+# As above, in files that QEMU can pass on.
+SHARED_MEMORY = MEMORY.replace("memory-backend-ram,", "memory-backend-memfd,share=on,")
 DISK_BYTES = 64 << 20
 DISKS = ("nvme0", "nvme1")
 
@@ -50,10 +55,17 @@ class Machine:
     nightly: bool = False
     slowness: int = 1
     """Time limits are multiplied by this."""
+    memory: str = MEMORY
+    serves: tuple[str, ...] = ()
+    """Devices that vfiopy serves on the host (``vfiopy serve``) and QEMU has as hardware, from slot 0x10 on."""
 
     def arguments(self, run: Path) -> list[str]:
         """QEMU arguments for board, memory, IOMMU and devices; disk images are made in ``run``."""
-        arguments = f"{self.board} -smp 2,sockets=2 {MEMORY} {self.iommu} {self.devices}".split()
+        arguments = f"{self.board} -smp 2,sockets=2 {self.memory} {self.iommu} {self.devices}".split()
+        for number, name in enumerate(self.serves):
+            where = {"path": str(socket_path(run, name)), "type": "unix"}
+            device = {"driver": "vfio-user-pci", "addr": f"{0x10 + number:x}.0", "socket": where}
+            arguments += ["-device", json.dumps(device)]
         for disk in DISKS:
             image = run / f"{disk}.img"
             with image.open("wb") as handle:
@@ -77,6 +89,15 @@ _ALL = [
         "noiommu",
         "no IOMMU, VFIO's unsafe no-IOMMU mode allowed",
         cmdline=f"intel_iommu=off vfio.enable_unsafe_noiommu_mode=1 {HUGEPAGES}",
+    ),
+    Machine(
+        "vfio-user",
+        "as intel, and an edu that vfiopy serves on the host, at 0000:00:10.0",
+        board=SPLIT,
+        iommu=INTEL,
+        cmdline=f"intel_iommu=on,sm_on iommu.strict=1 {HUGEPAGES}",
+        memory=SHARED_MEMORY,
+        serves=("edu",),
     ),
     Machine(
         "compat",
