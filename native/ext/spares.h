@@ -34,6 +34,8 @@ static inline void vfiopy_spares_give(struct vfiopy_spares *spares, PyObject *ob
         spares->count++;
         return;
     }
+#else
+    (void)spares;
 #endif
     PyObject_GC_Del(object);
 }
