@@ -59,6 +59,19 @@ static void event_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
+/* Set the exception that the object's method returns. */
+static void raise_made_by(PyObject *object, const char *method, PyObject *argument)
+{
+    PyObject *name = PyUnicode_FromString(method), *error = NULL;
+
+    if (name)
+        error = PyObject_CallMethodObjArgs(object, name, argument, NULL);
+    if (error)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(name);
+    Py_XDECREF(error);
+}
+
 /* 0, or -1 with ClosedError or ForkedError set, by the words of vfiopy/lives.py. */
 static int check(PyObject *object)
 {
@@ -67,8 +80,8 @@ static int check(PyObject *object)
     if (of(object)->fd >= 0 && of(object)->process == vfiopy_process())
         return 0;
     answer = PyObject_CallMethod(object, "check_open", NULL);
-    if (answer)
-        PyErr_SetString(PyExc_RuntimeError, "there is no eventfd yet");
+    if (answer) /* another thread is closing it: the fd has gone first */
+        raise_made_by(object, "_closing", NULL);
     Py_XDECREF(answer);
     return -1;
 }
@@ -221,7 +234,7 @@ static PyObject *wait_for(PyObject *object, int fd, double timeout)
 static PyObject *event_wait(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
 {
     static const char *const names[] = {"timeout", NULL};
-    PyObject *given[1], *count, *error;
+    PyObject *given[1], *count;
     double timeout = HUGE_VAL;
     long long number;
     int fd;
@@ -236,10 +249,7 @@ static PyObject *event_wait(PyObject *object, PyObject *const *args, Py_ssize_t 
     if (number)
         return count;
     Py_DECREF(count);
-    error = PyObject_CallMethod(object, "_timed_out", "O", given[0]);
-    if (error)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
+    raise_made_by(object, "_timed_out", given[0]);
     return NULL;
 }
 

@@ -148,6 +148,9 @@ class Vector(Resource, EventBase):
         self.check_open()
         self._trigger(self.number)
 
+    def _closing(self) -> ClosedError:
+        return ClosedError(f"{self._label} is closed")
+
     def _timed_out(self, timeout: float | None) -> VfioTimeoutError:
         return VfioTimeoutError(
             f"no interrupt within {timeout} s",
