@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+import threading
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,41 +46,45 @@ class FakeKernel:
 
     def map(self, fd: int, iova: int, entry: Entry) -> int:
         """Return 0 or an errno."""
-        if self._fails():
-            return self.fail_errno
-        table = self.tables.setdefault(fd, {})
-        if any(iova < at + other.size and at < iova + entry.size for at, other in table.items()):
-            return errno.EEXIST
-        table[iova] = entry
-        return 0
+        with self._lock:
+            if self._fails():
+                return self.fail_errno
+            table = self.tables.setdefault(fd, {})
+            if any(iova < at + other.size and at < iova + entry.size for at, other in table.items()):
+                return errno.EEXIST
+            table[iova] = entry
+            return 0
 
     def unmap(self, fd: int, iova: int, size: int, *, ioas: bool) -> tuple[int, int]:
         """Return 0 or an errno, and the number of bytes."""
-        if self._fails():
-            return self.fail_errno, 0
-        table = self.tables.setdefault(fd, {})
-        inside = [at for at, entry in table.items() if iova <= at and at + entry.size <= iova + size]
-        unmapped = sum(table.pop(at).size for at in inside)
-        return (errno.ENOENT if ioas and not unmapped else 0), unmapped
+        with self._lock:
+            if self._fails():
+                return self.fail_errno, 0
+            table = self.tables.setdefault(fd, {})
+            inside = [at for at, entry in table.items() if iova <= at and at + entry.size <= iova + size]
+            unmapped = sum(table.pop(at).size for at in inside)
+            return (errno.ENOENT if ioas and not unmapped else 0), unmapped
 
     def move(self, fd: int, iova: int, size: int, source: int | None) -> int:
         """Take a mapping's address away (None), or give it another one."""
-        if self._fails():
-            return self.fail_errno
-        table = self.tables.setdefault(fd, {})
-        entry = table.get(iova)
-        if entry is None:
-            return errno.ENOENT
-        if entry.size != size or (entry.source == LOST) == (source is None):
-            return errno.EINVAL
-        table[iova] = Entry(size, LOST if source is None else source)
-        return 0
+        with self._lock:
+            if self._fails():
+                return self.fail_errno
+            table = self.tables.setdefault(fd, {})
+            entry = table.get(iova)
+            if entry is None:
+                return errno.ENOENT
+            if entry.size != size or (entry.source == LOST) == (source is None):
+                return errno.EINVAL
+            table[iova] = Entry(size, LOST if source is None else source)
+            return 0
 
     # --- the C side ----------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, use_errno=True)
         self._function = prototype(self._ioctl)
+        self._lock = threading.Lock()  # of the tables, which Python keeps whole by itself only where it has a GIL
 
     @property
     def address(self) -> int:
