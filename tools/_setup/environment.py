@@ -11,7 +11,7 @@ import tomllib
 
 from .report import TREE, SetupError, run, say
 
-__all__ = ["PYTHON", "ensure_build", "ensure_environment"]
+__all__ = ["COMPILER", "PYTHON", "ensure_build", "ensure_environment", "requirements"]
 
 VENV = TREE / ".venv"
 PYTHON = VENV / "bin" / "python"
@@ -33,7 +33,7 @@ def _write_stamp(**changes: list[str]) -> None:
     STAMP.write_text(json.dumps({**_stamp(), **changes}, indent=1))
 
 
-def _requirements(extras: tuple[str, ...]) -> list[str]:
+def requirements(*extras: str) -> list[str]:
     """What pyproject.toml asks for: run-time, build and the named extras, references to itself resolved."""
     with (TREE / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)
@@ -59,7 +59,7 @@ def ensure_environment(*extras: str) -> None:
         say(f"making .venv with Python {sys.version.split()[0]}")
         run([sys.executable, "-m", "venv", "--clear", VENV], "python -m venv")
     _write_stamp(identity=identity)
-    wanted = _requirements(extras)
+    wanted = requirements(*extras)
     installed = _stamp().get("installed", [])
     missing = [requirement for requirement in wanted if requirement not in installed]
     if missing:

@@ -15,13 +15,14 @@ from tools._lab.kernel import cached_kernel
 from tools._lab.machines import DEFAULT, MACHINES, Machine
 
 from .environment import PYTHON, ensure_build, ensure_environment
+from .free_threaded import VARIABLE, ensure_free_threaded, find_free_threaded
 from .packages import BUILD, CROSS, KERNEL, NATIVE, ensure_packages
 from .report import TREE, SetupError, say, step
 from .results import Results
 
 __all__ = ["main"]
 
-PARTS = ("lint", "native", "unit", "uapi", "guest")
+PARTS = ("lint", "native", "unit", "free-threaded", "uapi", "guest")
 RESULTS = TREE / "build" / "results"
 LAB = TREE / "tools" / "lab"
 TOOLS = ("-p", "tools._bench", "-p", "tools._lab", "-p", "tools._setup", "-p", "tools._uapi")
@@ -36,6 +37,9 @@ parts, in this order (default: all of them):
   lint     ruff, and mypy in strict mode
   native   C tests, with sanitizers, and cross-compiled for arm64 under qemu-user; a short fuzz run
   unit     tests/unit: no privileges, no hardware
+  free-threaded
+           tests/free_threaded, and tests/unit once more, on a CPython without GIL (python3.14t on the PATH, or named by
+           VFIOPY_FREE_THREADED); left out where there is none
   uapi     the generated constants against the headers of the lab's kernel
   guest    tests/qemu with the lab's QEMU, tests/guest in its machines (docs/lab.md); builds the kernel the first time
   nightly  all of the above with the long profile, and the machines with other kernels
@@ -152,6 +156,17 @@ class Run:
         """Tests that need nothing."""
         self._pytest("unit", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit")
 
+    def free_threaded(self) -> None:
+        """The same without GIL."""
+        interpreter = find_free_threaded()
+        if interpreter is None:
+            say(f"free-threaded tests: left out, no python3.14t here ({VARIABLE} can name such an interpreter)")
+            return
+        python = ensure_free_threaded(interpreter)
+        # test_cli needs an extra whose own dependencies are seldom ready for such an interpreter
+        what = ("tests/free_threaded", "tests/unit", "--ignore", "tests/unit/test_cli.py")
+        self._pytest("free-threaded", python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *what)
+
     def uapi(self) -> None:
         """Generated constants against the real headers."""
         self.wait_for_kernel()
@@ -218,7 +233,7 @@ def main() -> int:
     try:
         _prepare(parts, run)
         for part in parts:
-            method: Callable[[], None] = getattr(run, part)
+            method: Callable[[], None] = getattr(run, part.replace("-", "_"))
             method()
     except SetupError as error:
         print(f"tools/test: {error}", file=sys.stderr)
