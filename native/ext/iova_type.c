@@ -64,18 +64,52 @@ static int iova_clear(PyObject *self)
     return 0;
 }
 
+/* Devices can reach this memory: it is never let go. Where there is no module any more to keep it, it is leaked. */
+static void keep(PyObject *self, struct vfiopy_gone *reachable)
+{
+    PyObject *type, *value, *traceback, *module = NULL;
+    unsigned long long count = 0;
+    void *memory;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    while (vfiopy_gone_pop(reachable, &memory)) {
+        PyObject *kept = NULL;
+
+        if (memory == Py_None)
+            continue; /* somebody else sees to it */
+        count++;
+        if (!module)
+            module = PyImport_ImportModule("vfiopy.iova.closing");
+        if (module)
+            kept = PyObject_CallMethod(module, "keep_for_ever", "O", (PyObject *)memory);
+        PyErr_Clear();
+        if (kept)
+            Py_DECREF((PyObject *)memory);
+        Py_XDECREF(kept);
+    }
+    Py_XDECREF(module);
+    if (count && PyErr_ResourceWarning(NULL, 1,
+                                       "space %R was dropped while kernel mappers have %llu mappings of it: their memory "
+                                       "is never freed. Unmap first, or call remove_kernel_mapper() once the container "
+                                       "or IOAS is gone",
+                                       ((struct vfiopy_iova_object *)self)->name, count))
+        PyErr_WriteUnraisable(((struct vfiopy_iova_object *)self)->name);
+    PyErr_Restore(type, value, traceback);
+}
+
 static void iova_dealloc(PyObject *self)
 {
     struct vfiopy_iova_object *object = (struct vfiopy_iova_object *)self;
     PyTypeObject *type = Py_TYPE(self);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    struct vfiopy_gone gone = {0};
+    struct vfiopy_gone gone = {0}, reachable = {0};
 
     PyObject_GC_UnTrack(self);
     iova_clear(self);
     if (is_alive(self)) {
-        vfiopy_space_forget(object->space, &gone);
+        vfiopy_space_forget(object->space, &gone, &reachable);
         vfiopy_drop_gone(&gone);
+        keep(self, &reachable);
         vfiopy_space_destroy(object->space);
     }
     Py_CLEAR(object->name);

@@ -301,7 +301,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         operations[byte(&world) % (sizeof(operations) / sizeof(*operations))](&world);
         compare(&world);
     }
-    vfiopy_space_forget(world.space, &gone);
+    vfiopy_space_forget(world.space, &gone, &gone);
     drop(&gone);
     vfiopy_space_destroy(world.space);
     return 0;

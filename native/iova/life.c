@@ -35,13 +35,16 @@ struct vfiopy_space *vfiopy_space_create(uint64_t page_size, void (*retain)(void
     return space;
 }
 
-void vfiopy_space_forget(struct vfiopy_space *space, struct vfiopy_gone *gone)
+void vfiopy_space_forget(struct vfiopy_space *space, struct vfiopy_gone *gone, struct vfiopy_gone *reachable)
 {
     struct vfiopy_rb *top;
 
     vfiopy_lock(space);
-    while ((top = space->by_iova.top))
-        vfiopy_erase(space, (struct vfiopy_mapping *)top, gone);
+    while ((top = space->by_iova.top)) {
+        struct vfiopy_mapping *mapping = (struct vfiopy_mapping *)top;
+
+        vfiopy_erase(space, mapping, mapping->mapped_in ? reachable : gone);
+    }
     vfiopy_unlock(space);
 }
 

@@ -131,8 +131,8 @@ size_t vfiopy_gone_take(struct vfiopy_gone *gone, void **memories, size_t room);
 struct vfiopy_space *vfiopy_space_create(uint64_t page_size, void (*retain)(void *memory));
 
 /* Forget all mappings, without a call to any mapper; then, when they are popped, free the book. Nobody else may use
- * it any more. */
-void vfiopy_space_forget(struct vfiopy_space *space, struct vfiopy_gone *gone);
+ * it any more. What mappers still have, devices can reach: its memory must stay for ever. */
+void vfiopy_space_forget(struct vfiopy_space *space, struct vfiopy_gone *gone, struct vfiopy_gone *reachable);
 void vfiopy_space_destroy(struct vfiopy_space *space);
 
 /* Replace the usable ranges (sorted, disjoint). On failure nothing has changed. max_mappings 0: no limit. */

@@ -277,7 +277,7 @@ static void shared_page(bool one_frame, bool first_half_only)
     }
     free(pfns);
     CHECK(!vfiopy_space_verify(space));
-    vfiopy_space_forget(space, &gone);
+    vfiopy_space_forget(space, &gone, &gone);
     while (vfiopy_gone_pop(&gone, &memory))
         ;
     vfiopy_space_destroy(space);

@@ -287,7 +287,7 @@ int main(void)
         fprintf(stderr, "%s\n", wrong);
     CHECK(!wrong);
     CHECK_EQUAL(held, fake_tables[0].count);
-    vfiopy_space_forget(space, &gone);
+    vfiopy_space_forget(space, &gone, &gone);
     drop(&gone);
     CHECK_EQUAL(held, 0);
     vfiopy_space_destroy(space);

@@ -34,7 +34,7 @@ static void destroy(struct vfiopy_space *space)
     struct vfiopy_gone gone = {0};
 
     CHECK(!vfiopy_space_verify(space));
-    vfiopy_space_forget(space, &gone);
+    vfiopy_space_forget(space, &gone, &gone);
     drop(&gone);
     vfiopy_space_destroy(space);
 }

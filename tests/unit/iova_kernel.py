@@ -13,12 +13,19 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vfiopy import uapi
+from vfiopy.iova import IovaSpace
 
-__all__ = ["LOST", "Entry", "FakeKernel"]
+__all__ = ["LOST", "Entry", "FakeKernel", "forget_kernel"]
 
 
 LOST = -1
 """Source of an entry that has no valid address."""
+
+
+def forget_kernel(space: IovaSpace) -> None:
+    """The kernel's objects are gone: a book that is dropped may let its memory go."""
+    for row in space.kernel_mappers():
+        space.remove_kernel_mapper(row[0])
 
 
 class Entry(NamedTuple):

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-from iova_kernel import LOST, Entry, FakeKernel
+from iova_kernel import LOST, Entry, FakeKernel, forget_kernel
 
 from vfiopy import errors
 from vfiopy.iova import (
@@ -20,6 +20,7 @@ from vfiopy.iova import (
     MAPPER_TYPE1,
     STATE_UNKNOWN,
     IovaSpace,
+    leaked_memory,
 )
 
 PAGE = 4096
@@ -42,6 +43,7 @@ def space(kernel: FakeKernel) -> Iterator[IovaSpace]:
     book.add_kernel_mapper(MAPPER_IOAS, 11, 5, ioctl=kernel.address)
     yield book
     book.verify()
+    forget_kernel(book)
 
 
 def test_map_reaches_every_mapper(space: IovaSpace, kernel: FakeKernel) -> None:
@@ -179,6 +181,7 @@ def test_what_is_charged_is_counted_by_mapper(space: IovaSpace) -> None:
     assert (charged["type1"], charged["iommufd"]) == (4 * PAGE, 4 * PAGE)
     space.unmap(iova)
     assert space.stats()["charged"]["type1"] == 0
+    forget_kernel(space)
 
 
 def test_there_are_32_mappers_at_most() -> None:
@@ -220,6 +223,35 @@ def test_calls_of_different_mappings_run_at_the_same_time(kernel: FakeKernel) ->
     assert len(space) == 2
 
 
+def test_a_book_that_is_dropped_keeps_what_devices_can_reach(kernel: FakeKernel) -> None:
+    reachable, other = Memory(), Memory()
+    alive = weakref.ref(reachable), weakref.ref(other)
+    book = IovaSpace("bare")
+    book.map(other, HERE, PAGE, 3)
+    book.add_kernel_mapper(MAPPER_TYPE1, 10, ioctl=kernel.address)  # without a replay
+    book.map(reachable, HERE, PAGE, 3, iova=0x10000)
+    before = len(leaked_memory())
+    del reachable, other
+    with pytest.warns(ResourceWarning, match="space 'bare' was dropped while kernel mappers have 1 mappings of it"):
+        del book
+    assert alive[0]() is not None
+    assert alive[1]() is None
+    assert leaked_memory()[before:] == [alive[0]()]
+    assert 0x10000 in kernel.tables[10]
+
+
+def test_a_book_without_its_mappers_lets_everything_go(kernel: FakeKernel) -> None:
+    memory = Memory()
+    alive = weakref.ref(memory)
+    book = IovaSpace("bare")
+    token = book.add_kernel_mapper(MAPPER_TYPE1, 10, ioctl=kernel.address)
+    book.map(memory, HERE, PAGE, 3, iova=0x10000)
+    del memory
+    book.remove_kernel_mapper(token)  # the container is closed, for instance
+    del book
+    assert alive() is None
+
+
 # --- memory that moves -----------------------------------------------------------------------------------------------
 
 
@@ -232,6 +264,7 @@ def type1(kernel: FakeKernel) -> Iterator[IovaSpace]:
     book.map("b", HERE + 16 * PAGE, PAGE, 3, iova=0x20000)
     yield book
     book.verify()
+    forget_kernel(book)
 
 
 def test_memory_gets_another_address(type1: IovaSpace, kernel: FakeKernel) -> None:
@@ -313,3 +346,4 @@ def test_iommufd_moves_file_memory_only(kernel: FakeKernel) -> None:
     with pytest.raises(errors.VfioError, match="IOMMU_IOAS_CHANGE_PROCESS"):
         space.change_process(token)
     space.verify()
+    forget_kernel(space)

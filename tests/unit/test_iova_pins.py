@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from iova_kernel import FakeKernel
+from iova_kernel import FakeKernel, forget_kernel
 
 from vfiopy import errors
 from vfiopy.iova import KIND_MMIO, MAPPER_TYPE1, IovaSpace
@@ -314,6 +314,7 @@ def test_page_frames_of_memory_that_a_kernel_mapper_holds() -> None:
         assert 62 * 8 <= space.stats()["pin_memory"] < 62 * 10 + 300
     array.release()
     space.verify()
+    forget_kernel(space)
 
 
 def test_no_page_frames_where_nothing_holds_the_page(space: IovaSpace) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from iova_kernel import FakeKernel
+from iova_kernel import FakeKernel, forget_kernel
 from iova_model import CLOSING, RESERVED, TOP, UNKNOWN, Model, Refused
 from iova_steps import NumberedSteps
 
@@ -308,6 +308,9 @@ class Book(RuleBasedStateMachine):
         at = self.some(number)
         if at + size <= TOP:
             self.both("check", at, size, prot)
+
+    def teardown(self) -> None:
+        forget_kernel(self.native)
 
     @invariant()
     def agree(self) -> None:

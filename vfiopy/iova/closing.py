@@ -30,9 +30,10 @@ _leaked: list[object] = []
 
 
 def leaked_memory() -> list[object]:
-    """Return the memory that stays allocated because pins on it were never taken off.
+    """Return the memory that stays allocated although its book is closed or gone.
 
-    A device, or code that believes to be allowed to, may still write it: it is kept until the process ends.
+    Pins on it were never taken off, or the book was dropped while a kernel mapper had it. A device, or code that
+    believes to be allowed to, may still write it: it is kept until the process ends.
     """
     return list(_leaked)
 

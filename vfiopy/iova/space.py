@@ -33,6 +33,9 @@ class IovaSpace(_native.IovaSpace):
     The allocator never chooses IOVA 0, which many devices take for "none"; who needs it (a guest's memory
     begins there) can ask for it.
 
+    A book that is dropped while a kernel mapper has mappings of it makes no call, because nobody knows whether the
+    mapper's fd is still the same file; it never lets that memory go, with a ResourceWarning (:func:`leaked_memory`).
+
     Threads: everything may be called from any thread. Kernel calls for different mappings run in parallel.
 
     Args:
