@@ -1,7 +1,7 @@
 """The seam: what a device, its address space and an emulated device's host look like, whoever stands behind.
 
-Three packages implement it: :mod:`vfiopy.kernel` (VFIO and iommufd), :mod:`vfiopy.emulated` (a Python object) and, in
-time, a vfio-user socket. :mod:`vfiopy.device` and :mod:`vfiopy.dma` are written against this file alone.
+Three packages implement it: :mod:`vfiopy.kernel` (VFIO and iommufd), :mod:`vfiopy.emulated` (a Python object) and
+:mod:`vfiopy.vfio_user` (a socket). :mod:`vfiopy.device` and :mod:`vfiopy.dma` are written against this file alone.
 
 Index numbers and flag bits are those of linux/vfio.h, because every backend speaks VFIO's model of a device.
 """

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import mmap
 import os
+import re
 import signal
 import socket
 import struct
@@ -753,3 +754,16 @@ def test_any_answers(script_of: list[tuple[str, bytes | int]], honest: int) -> N
     assert not server.is_alive()
     gc.collect()
     assert open_fds() == fds
+
+
+def test_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/vfio-user.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "docs/vfio-user.md", "exec"), {})
+    assert '"driver": "vfio-user-pci"' in capsys.readouterr().out
+
+
+def test_the_docs_name_every_file() -> None:
+    text = (ROOT / "docs/vfio-user.md").read_text()
+    files = {path.name for path in Path(vfio_user.__file__).parent.glob("*.py")} - {"__init__.py"}
+    assert files == set(re.findall(r"`(\w+\.py)`", text.partition("## Where things live")[2]))

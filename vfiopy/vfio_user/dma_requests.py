@@ -159,7 +159,7 @@ class DmaRequests:
                 f"the client answers a {wire.Command(message.command).name} of {size} bytes with "
                 f"{len(message.payload)} bytes of payload",
                 object=self._label,
-                hint="QEMU before 11.0 lays these messages out wrongly; share memory with it (memory-backend-memfd)",
+                hint="QEMU before 11 lays these messages out wrongly; share memory with it (memory-backend-memfd)",
             )
 
     def bar(self, first: int, last: int, reason: str) -> None:

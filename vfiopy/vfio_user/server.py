@@ -108,7 +108,7 @@ class Server(Resource):
 
     @property
     def qemu_option(self) -> str:
-        """The value of QEMU's ``-device`` for this socket; QEMU 11.0 or later.
+        """The value of QEMU's ``-device`` for this socket; QEMU 10.1 or later.
 
         Raises:
             StateError: it listens nowhere.
