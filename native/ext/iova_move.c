@@ -1,4 +1,4 @@
-/* IovaSpace: memory that gets another address, or another process, while devices use it. */
+/* IovaSpace: memory that gets another address, or another process, or is taken away, while devices use it. */
 #include "ext/iova_methods.h"
 #include "ext/iova_object.h"
 
@@ -58,7 +58,48 @@ static PyObject *change_process(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
+static int get_one(const char *function, PyObject *const *args, Py_ssize_t nargs, uint64_t *iova, uint64_t *serial)
+{
+    if (nargs >= 2)
+        return vfiopy_get_u64(args[0], "iova", iova) || vfiopy_get_u64(args[1], "serial", serial) ? -1 : 0;
+    PyErr_Format(PyExc_TypeError, "%s() takes an IOVA and a serial number", function);
+    return -1;
+}
+
+static PyObject *set_revoked(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    uint64_t iova, serial;
+    bool revoked = true;
+
+    if (vfiopy_iova_elsewhere(self) || get_one("set_revoked", args, nargs, &iova, &serial) ||
+        (nargs > 2 && vfiopy_get_flag(args[2], &revoked)))
+        return NULL;
+    return PyBool_FromLong(vfiopy_space_set_revoked(vfiopy_space_of(self), iova, serial, revoked));
+}
+
+static PyObject *restore(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct vfiopy_failure failure = {0};
+    uint64_t iova, serial;
+    int result;
+
+    if (vfiopy_iova_elsewhere(self) || get_one("restore", args, nargs, &iova, &serial))
+        return NULL;
+    failure.asked = (struct vfiopy_range){iova, iova};
+    Py_BEGIN_ALLOW_THREADS
+    result = vfiopy_space_restore(vfiopy_space_of(self), iova, serial, &failure);
+    Py_END_ALLOW_THREADS
+    if (result)
+        return vfiopy_raise_failure(self, "restore", &failure, NULL);
+    Py_RETURN_NONE;
+}
+
 PyMethodDef vfiopy_iova_move_methods[] = {
+    {"set_revoked", VFIOPY_FAST(set_revoked), METH_FASTCALL,
+     "set_revoked(iova, serial, revoked=True): the exporter took the memory of this mapping away; False if the mapping "
+     "is not there any more"},
+    {"restore", VFIOPY_FAST(restore), METH_FASTCALL,
+     "restore(iova, serial): unmap what was revoked and map it again at the same IOVA, in all mappers"},
     {"lose_addresses", VFIOPY_FAST(lose_addresses), METH_FASTCALL,
      "lose_addresses(first, last): the memory of these mappings will have no address here for a while; returns bytes"},
     {"set_address", VFIOPY_FAST(set_address), METH_FASTCALL | METH_KEYWORDS,

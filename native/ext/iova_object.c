@@ -47,6 +47,7 @@ static const char *const result_names[] = {
     [VFIOPY_KERNEL] = "kernel",
     [VFIOPY_SHORT] = "short",
     [VFIOPY_NO_ADDRESS] = "no_address",
+    [VFIOPY_REVOKED] = "revoked",
     [VFIOPY_HAS_ADDRESS] = "has_address",
 };
 
@@ -106,6 +107,7 @@ static PyStructSequence_Field view_fields[] = {
     {"fd_offset", "where in the file it begins, bytes"},
     {"pins", "sum of the pin counts of all its pages"},
     {"serial", "tells it from every other mapping of this book, before and after"},
+    {"revoked", "its device memory was taken away by the exporter"},
     {NULL, NULL},
 };
 
@@ -128,7 +130,7 @@ PyObject *vfiopy_view_object(const struct vfiopy_view *view)
 {
     PyObject *memory = view->memory ? view->memory : Py_NewRef(Py_None);
     PyObject *object = PyStructSequence_New(view_type);
-    PyObject *values[10];
+    PyObject *values[11];
 
     if (!object) {
         Py_DECREF(memory);
@@ -144,10 +146,11 @@ PyObject *vfiopy_view_object(const struct vfiopy_view *view)
     values[7] = PyLong_FromUnsignedLongLong(view->fd_offset);
     values[8] = PyLong_FromUnsignedLongLong(view->pins);
     values[9] = PyLong_FromUnsignedLongLong(view->serial);
+    values[10] = PyBool_FromLong(view->revoked);
     PyStructSequence_SetItem(object, 6, memory);
-    for (int i = 0; i < 10; i++)
+    for (int i = 0; i < 11; i++)
         PyStructSequence_SetItem(object, i < 6 ? i : i + 1, values[i]);
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 11; i++) {
         if (!values[i]) {
             Py_DECREF(object);
             return NULL;

@@ -36,6 +36,7 @@ struct vfiopy_mapping {
     uint32_t unmap_id;           /* the operation that is closing or unmapping it */
     bool taken_over;             /* the mappers had it before this book: they are told its address only */
     bool address_lost;           /* see addresses.c */
+    bool revoked;                /* see revoke.c */
 };
 
 struct vfiopy_geometry {

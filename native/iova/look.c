@@ -17,6 +17,7 @@ void vfiopy_fill_view(const struct vfiopy_space *space, const struct vfiopy_mapp
         .prot = mapping->prot,
         .kind = mapping->kind,
         .state = mapping->state,
+        .revoked = mapping->revoked,
     };
     if (space->retain)
         space->retain(view->memory);
@@ -134,6 +135,10 @@ int vfiopy_space_check(struct vfiopy_space *space, struct vfiopy_range range, ui
         if ((mapping->prot & prot) != prot) {
             failure->value = mapping->prot;
             result = vfiopy_fail_at(failure, VFIOPY_NO_ACCESS, mapping);
+            break;
+        }
+        if (mapping->kind == VFIOPY_MMIO && mapping->revoked) {
+            result = vfiopy_fail_at(failure, VFIOPY_REVOKED, mapping);
             break;
         }
         if (space->lost_addresses && mapping->address_lost) {

@@ -149,6 +149,7 @@ static struct vfiopy_mapping *new_mapping(struct vfiopy_space *space, const stru
     mapping->unmap_id = 0;
     mapping->taken_over = request->take_over;
     mapping->address_lost = false;
+    mapping->revoked = false;
     return mapping;
 }
 

@@ -100,10 +100,11 @@ static bool is_there(const struct vfiopy_mapping *mapping, uint32_t bit)
     return mapping->mapped_in & bit;
 }
 
-/* What is reserved goes to the mapper when it is committed. */
+/* What is reserved goes to the mapper when it is committed, what was revoked when it is restored. */
 static bool is_missing(const struct vfiopy_mapping *mapping, uint32_t bit)
 {
-    return mapping->state != VFIOPY_RESERVED && mapping->state != VFIOPY_UNKNOWN && !(mapping->mapped_in & bit);
+    return mapping->state != VFIOPY_RESERVED && mapping->state != VFIOPY_UNKNOWN && !(mapping->mapped_in & bit) &&
+           !mapping->revoked;
 }
 
 static void set_mapped_in(struct vfiopy_space *space, struct vfiopy_mapping *mapping, int slot, bool there)

@@ -134,6 +134,8 @@ static int check_pinnable(const struct vfiopy_mapping *mapping, uint8_t prot, bo
         return vfiopy_fail_at(failure, VFIOPY_NO_ACCESS, mapping);
     if (mapping->kind == VFIOPY_MMIO && !peer)
         return vfiopy_fail_at(failure, VFIOPY_BAD_KIND, mapping);
+    if (mapping->kind == VFIOPY_MMIO && mapping->revoked)
+        return vfiopy_fail_at(failure, VFIOPY_REVOKED, mapping);
     return VFIOPY_OK;
 }
 

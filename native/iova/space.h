@@ -46,6 +46,7 @@ enum vfiopy_result {
     VFIOPY_NO_ADDRESS,    /* clash: a mapping whose memory has no valid address now */
     VFIOPY_HAS_ADDRESS,   /* clash: a mapping whose address was not lost */
     VFIOPY_IN_STEPS,      /* the caller has mappers of its own, to be called in between: see set_stepwise */
+    VFIOPY_REVOKED,       /* clash: a mapping whose device memory was taken away */
 };
 
 enum vfiopy_state {
@@ -104,6 +105,7 @@ struct vfiopy_view {
     void *memory; /* with a reference of its own where vfiopy_space_create was told how to take one */
     int fd;
     uint8_t prot, kind, state;
+    bool revoked;
 };
 
 struct vfiopy_views {
@@ -315,6 +317,13 @@ int vfiopy_space_set_address(struct vfiopy_space *space, struct vfiopy_range ran
                              struct vfiopy_failure *failure);
 /* iommufd: the memory of all IOASes belongs to the calling process from now on. */
 int vfiopy_space_change_process(struct vfiopy_space *space, uint32_t token, struct vfiopy_failure *failure);
+
+/* --- device memory that is taken away (revoke.c) ------------------------------------------------------------------- */
+
+/* The exporter took it away, or it turned out that it did not. False: this mapping is not there any more. */
+bool vfiopy_space_set_revoked(struct vfiopy_space *space, uint64_t iova, uint64_t serial, bool revoked);
+/* Unmap it and map it again at the same IOVA, in all mappers. On failure it is revoked still. */
+int vfiopy_space_restore(struct vfiopy_space *space, uint64_t iova, uint64_t serial, struct vfiopy_failure *failure);
 
 /* --- pins ------------------------------------------------------------------------------------------------------ */
 

@@ -19,6 +19,7 @@ from vfiopy.errors import (
     OverlapError,
     PermissionDeniedError,
     PinnedError,
+    RevokedError,
     StateError,
     UnmappingError,
     UnpinError,
@@ -306,6 +307,14 @@ def _no_address(it: _Failure) -> Exception:
     )
 
 
+def _revoked(it: _Failure) -> Exception:
+    return it.error(
+        RevokedError,
+        f"{it.operation}: the device memory behind the mapping {it.clash} was taken away",
+        "remap() brings it back once its device decodes memory again",
+    )
+
+
 def _has_address(it: _Failure) -> Exception:
     return it.error(
         BusyError,
@@ -342,6 +351,7 @@ _MAKERS: dict[str, Callable[[_Failure], Exception]] = {
     "short": _short,
     "no_address": _no_address,
     "has_address": _has_address,
+    "revoked": _revoked,
 }
 
 
