@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 from vfiopy._native import set_leftovers
 from vfiopy.errors import ClosedError, ForkedError
 
-__all__ = ["Resource", "drain_finalizers", "retire"]
+__all__ = ["Resource", "drain_finalizers", "report_errors", "retire"]
 
 
 class _Leftover(NamedTuple):
@@ -86,16 +86,17 @@ def _finish(leftover: _Leftover) -> int:
         return 0
     thing = leftover.thing
     if thing is None:
-        _report_errors(leftover.release)
+        report_errors(leftover.release)
         return 0
     if not thing:
         return 0  # its owner has closed it meanwhile
-    _report_errors(leftover.release)
-    _report_errors(lambda: warnings.warn(f"{thing._label} was never closed", ResourceWarning, stacklevel=4))
+    report_errors(leftover.release)
+    report_errors(lambda: warnings.warn(f"{thing._label} was never closed", ResourceWarning, stacklevel=4))
     return 1
 
 
-def _report_errors(work: Callable[[], object]) -> None:
+def report_errors(work: Callable[[], object]) -> None:
+    """Run a callback whose failure is no fault of the operation that calls it: ``sys.unraisablehook`` gets that."""
     try:
         work()
     except Exception as error:

@@ -28,6 +28,8 @@ from vfiopy.emulated.virtual_config import VirtualConfig
 from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, StateError
 from vfiopy.file_window import FileWindow
 from vfiopy.lives import Resource
+from vfiopy.pci.memory_watch import MemoryWatch
+from vfiopy.signals import Cause, MemorySignals
 
 __all__ = ["EmulatedDeviceIo"]
 
@@ -55,6 +57,8 @@ class EmulatedDeviceIo(Resource):
         super().__init__(f"emulated:{device.name}")
         self._open = self._usable = False  # until the device is ours
         self.device = device
+        self.signals = MemorySignals(self._label)
+        self._watch = MemoryWatch(self.signals)
         self._irqs = IrqTable(device, self._label)
         self._windows: list[FileWindow] = []
         self._hidden = self._msix_areas()
@@ -84,9 +88,10 @@ class EmulatedDeviceIo(Resource):
         if any(self._windows):
             raise StateError(f"{self.name} cannot be closed while parts of its BARs are mapped")
         self._usable = False
-        self._irqs.close()
-        self.device.config.on_change = lambda: None
-        self.device.unplug()
+        with self.signals.taking(Cause.CLOSED):
+            self._irqs.close()
+            self.device.config.on_change = lambda: None
+            self.device.unplug()
 
     def _leftover(self) -> Callable[[], None]:
         return self.abandon
@@ -168,10 +173,13 @@ class EmulatedDeviceIo(Resource):
         self.check_open()
         if index == RegionIndex.CONFIG:
             self._check_range(index, self.device.config.size, offset, size)
-            with self.device.lock:
-                return self._config.read(offset, size)
+            return self._read_config(offset, size)
         self._check_bar(index, offset, size)
         return b"".join(self._read_piece(index, at, width) for at, width in _pieces(offset, size))
+
+    def _read_config(self, offset: int, size: int) -> bytes:
+        with self.device.lock:
+            return self._config.read(offset, size)
 
     def _read_piece(self, index: int, offset: int, width: int) -> bytes:
         device = self.device
@@ -206,7 +214,7 @@ class EmulatedDeviceIo(Resource):
         self.check_open()
         if index == RegionIndex.CONFIG:
             self._check_range(index, self.device.config.size, offset, len(data))
-            with self.device.lock:
+            with self._watch.writing(offset, data, self._read_config), self.device.lock:
                 self._config.write(offset, data)
             return
         self._check_bar(index, offset, len(data))
@@ -320,7 +328,8 @@ class EmulatedDeviceIo(Resource):
                 call="VFIO_DEVICE_RESET",
                 hint="closing and opening an emulated device is a power cycle",
             )
-        self.device.function_reset()
+        with self.signals.taking(Cause.RESET):
+            self.device.function_reset()
 
     def feature(self, number: int, operation: int, data: bytes) -> bytes:  # noqa: ARG002
         """VFIO_DEVICE_FEATURE: there are none.

@@ -21,7 +21,9 @@ from vfiopy.errors import (
 from vfiopy.kernel.group import Group
 from vfiopy.kernel.ioctl import DeviceFd
 from vfiopy.kernel.ioctl._call import os_calls
+from vfiopy.kernel.memory_watch import KernelMemoryWatch
 from vfiopy.lives import Resource, drain_finalizers
+from vfiopy.signals import MemorySignals
 
 __all__ = ["KernelDeviceIo", "KernelWindow"]
 
@@ -66,6 +68,7 @@ class KernelDeviceIo(Resource):
         calls: the device fd.
         group: the VFIO group that it was opened through, or None.
         iommufd_id: its id in the iommufd that it is bound to, or None.
+        signals: tells those who imported its memory when that goes away; also by calls through ``.calls``.
     """
 
     _rank = 20
@@ -98,6 +101,9 @@ class KernelDeviceIo(Resource):
         self._irqs: dict[int, IrqInfo] = {}
         self._windows: dict[int, tuple[int, str]] = {}
         super().__init__(calls.label)
+        self.signals = MemorySignals.of(calls.label)
+        self.signals.opened()
+        calls.watch = KernelMemoryWatch(self.signals)
 
     @property
     def name(self) -> str:

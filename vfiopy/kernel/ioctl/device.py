@@ -153,8 +153,9 @@ class DeviceFd(FeatureCalls):
     def pwrite(self, offset: int, data: bytes, detail: str = "") -> int:
         """Write bytes at an fd offset; return how many were taken, fewer at the region's end."""
         fd = self.fileno()
-        count = restarted(lambda: os_calls().pwrite(fd, data, offset))
-        return self._fail("pwrite of a VFIO device", count, detail)
+        with self.watch.writing(self, offset, data):
+            count = restarted(lambda: os_calls().pwrite(fd, data, offset))
+            return self._fail("pwrite of a VFIO device", count, detail)
 
     def map(self, offset: int, size: int, protection: int, alignment: int, detail: str = "") -> int:
         """mmap(2) at an fd offset; return an address congruent to the offset modulo ``alignment``."""
@@ -210,7 +211,8 @@ class DeviceFd(FeatureCalls):
 
     def reset(self) -> None:
         """VFIO_DEVICE_RESET. BAR mappings fault until it is over and dma-bufs of the device are revoked."""
-        self._ioctl("VFIO_DEVICE_RESET", uapi.VFIO_DEVICE_RESET)
+        with self.watch.resetting():
+            self._ioctl("VFIO_DEVICE_RESET", uapi.VFIO_DEVICE_RESET)
 
     def get_pci_hot_reset_info(self) -> HotResetInfo:
         """VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: which functions a slot or bus reset takes along."""
@@ -239,6 +241,10 @@ class DeviceFd(FeatureCalls):
             tuple(devices),
         )
 
+    def reset_along(self) -> list[str]:
+        """The functions that a hot reset takes along, by PCI address."""
+        return [one.address for one in self.get_pci_hot_reset_info().devices]
+
     def pci_hot_reset(self, groups: Sequence[GroupFd] = ()) -> None:
         """VFIO_DEVICE_PCI_HOT_RESET: reset the slot or bus.
 
@@ -249,7 +255,12 @@ class DeviceFd(FeatureCalls):
         layout = uapi.vfio_pci_hot_reset
         argument = layout.new(4 * len(groups), argsz=layout.size + 4 * len(groups), count=len(groups))
         argument[layout.size :] = b"".join(group.fileno().to_bytes(4, "little") for group in groups)
-        self._ioctl("VFIO_DEVICE_PCI_HOT_RESET", uapi.VFIO_DEVICE_PCI_HOT_RESET, argument)
+        with self.watch.hot_resetting(self):
+            self._ioctl("VFIO_DEVICE_PCI_HOT_RESET", uapi.VFIO_DEVICE_PCI_HOT_RESET, argument)
+
+    def _release(self) -> None:
+        with self.watch.closing():
+            super()._release()
 
     # --- graphics, ioeventfd --------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from vfiopy.kernel.ioctl._call import address_of, dirty_bitmap
 from vfiopy.kernel.ioctl._fd import Fd
 from vfiopy.kernel.ioctl.dmabuf import DmaBufFd
 from vfiopy.kernel.ioctl.migration import MigrationFd
+from vfiopy.kernel.ioctl.watch import UNWATCHED, DeviceWatch
 from vfiopy.layout import Layout
 
 __all__ = ["FEATURE_NAMES", "FeatureCalls", "MigrationFlag", "MigrationState"]
@@ -65,7 +66,13 @@ _UNSUPPORTED: Final = (NotSupportedError,)
 
 
 class FeatureCalls(Fd):
-    """The part of a device fd that answers VFIO_DEVICE_FEATURE."""
+    """The part of a device fd that answers VFIO_DEVICE_FEATURE.
+
+    Attributes:
+        watch: who is to know of calls that take the device's memory away.
+    """
+
+    watch: DeviceWatch = UNWATCHED
 
     def feature(self, number: int, operation: int, data: bytes = b"") -> tuple[int, bytes]:
         """Run VFIO_DEVICE_FEATURE on raw bytes.
@@ -85,7 +92,8 @@ class FeatureCalls(Fd):
         name = FEATURE_NAMES.get(number, str(number))
         what = {_GET: "get", _SET: "set"}.get(operation, "probe")
         call = f"VFIO_DEVICE_FEATURE_{name}" if number in FEATURE_NAMES else "VFIO_DEVICE_FEATURE"
-        result = self._ioctl(call, uapi.VFIO_DEVICE_FEATURE, argument, f"{what} feature {number}")
+        with self.watch.using_feature(number, operation):
+            result = self._ioctl(call, uapi.VFIO_DEVICE_FEATURE, argument, f"{what} feature {number}")
         return result, bytes(argument[layout.size :])
 
     def feature_probe(self, number: int, operation: int = 0) -> bool:

@@ -1,0 +1,188 @@
+"""The hub that says when a device's memory goes away, and the writes to configuration space that make it go."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vfiopy.errors import VfioError
+from vfiopy.pci.memory_watch import MemoryWatch
+from vfiopy.signals import Cause, MemorySignals, taking
+
+POWER, EXPRESS, ADVANCED = 0x40, 0x60, 0x50
+
+
+class Listener:
+    def __init__(self, signals: MemorySignals | None = None) -> None:
+        self.log: list[object] = []
+        self.locked: list[bool] = []
+        self.signals = signals
+        if signals is not None:
+            signals.listen(self)
+
+    def going(self, cause: Cause) -> bool:
+        self.log.append(("going", cause))
+        return True
+
+    def stayed(self) -> None:
+        self.log.append("stayed")
+
+    def gone(self, cause: Cause) -> None:
+        self.log.append(("gone", cause))
+        if self.signals is not None:
+            look = threading.Thread(target=self._look, args=(self.signals.lock,))
+            look.start()
+            look.join()
+
+    def _look(self, lock: Any) -> None:
+        free = lock.acquire(timeout=0.5)
+        self.locked.append(not free)
+        if free:
+            lock.release()
+
+    def doubtful(self) -> None:
+        self.log.append("doubtful")
+
+
+def refuse(number: int) -> None:
+    raise VfioError("no", errno=number)
+
+
+def test_listeners_know_before_and_act_after_without_a_lock() -> None:
+    signals = MemorySignals("device")
+    listener = Listener(signals)
+    with signals.taking(Cause.DECODE):
+        assert listener.log == [("going", Cause.DECODE)]
+        assert signals.absent is None
+    assert listener.log == [("going", Cause.DECODE), ("gone", Cause.DECODE)]
+    assert listener.locked == [False]
+    assert signals.absent is Cause.DECODE
+    signals.returned(Cause.DECODE)
+    assert signals.absent is None
+
+
+def test_an_operation_that_did_nothing_takes_nothing() -> None:
+    signals = MemorySignals("device")
+    listener = Listener(signals)
+    with pytest.raises(VfioError), signals.taking(Cause.LOW_POWER, untouched=(errno.EINVAL,)):
+        refuse(errno.EINVAL)
+    assert listener.log == [("going", Cause.LOW_POWER), "stayed"]
+    assert signals.absent is None
+    with pytest.raises(VfioError), signals.taking(Cause.LOW_POWER, untouched=(errno.EINVAL,)):
+        refuse(errno.EIO)
+    assert listener.log[2:] == [("going", Cause.LOW_POWER), ("gone", Cause.LOW_POWER)]
+    assert signals.absent is Cause.LOW_POWER
+    with pytest.raises(KeyboardInterrupt), signals.taking(Cause.RESET):
+        raise KeyboardInterrupt
+    assert listener.log[4:] == [("going", Cause.RESET), ("gone", Cause.RESET)]
+
+
+def test_a_listener_is_not_kept_alive() -> None:
+    signals = MemorySignals("device")
+    log = Listener(signals).log
+    signals.took(Cause.RESET)
+    assert log == []
+
+
+def test_a_bus_reset_takes_all_and_tells_after_all_locks_are_free() -> None:
+    pair = [MemorySignals("b"), MemorySignals("a")]
+    listeners = [Listener(signals) for signals in pair]
+    with taking([(signals, Cause.HOT_RESET) for signals in pair]):
+        pass
+    for listener in listeners:
+        assert listener.log == [("going", Cause.HOT_RESET), ("gone", Cause.HOT_RESET)]
+        assert listener.locked == [False]
+    assert [signals.absent for signals in pair] == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_listener_that_fails_does_not_silence_the_others() -> None:
+    signals = MemorySignals("device")
+    one, two = Listener(signals), Listener(signals)
+
+    def fail(cause: Cause) -> None:
+        raise RuntimeError(cause)
+
+    one.gone = fail  # type: ignore[method-assign]
+    signals.took(Cause.RESET)
+    assert ("gone", Cause.RESET) in two.log
+
+
+def test_the_last_user_closes_the_device() -> None:
+    signals = MemorySignals.of("0000:00:1f.7")
+    assert MemorySignals.of("0000:00:1f.7") is signals
+    signals.opened()
+    signals.opened()
+    with signals.closing():
+        pass
+    assert not signals.over
+    with signals.closing():
+        pass
+    assert signals.over
+    assert MemorySignals.known("0000:00:1f.7") is None
+    assert MemorySignals.of("0000:00:1f.7") is not signals  # the next opening is another life
+
+
+# --- configuration space ----------------------------------------------------------------------------------------
+
+
+def config(*, flr: bool = True) -> bytes:
+    """A header and three capabilities: power management, advanced features, PCI Express."""
+    space = bytearray(256)
+    space[0:4] = b"\x34\x12\xe8\x11"
+    space[6] = 0x10
+    space[0x34] = POWER
+    space[POWER : POWER + 2] = bytes([0x01, ADVANCED])
+    space[ADVANCED : ADVANCED + 4] = bytes([0x13, EXPRESS, 6, 3 if flr else 0])
+    space[EXPRESS : EXPRESS + 2] = bytes([0x10, 0])
+    space[EXPRESS + 7] = 0x10 if flr else 0  # DEVCAP bit 28
+    return bytes(space)
+
+
+@pytest.fixture
+def write() -> Callable[..., list[object]]:
+    signals = MemorySignals("device")
+    watch = MemoryWatch(signals)
+    listener = Listener(signals)
+
+    def write(offset: int, data: bytes, space: bytes | None = None) -> list[object]:
+        listener.log.clear()
+        content = config() if space is None else space
+        with watch.writing(offset, data, lambda at, size: content[at : at + size]):
+            pass
+        signals.returned(Cause.DECODE)
+        return [entry[1] for entry in listener.log if isinstance(entry, tuple) and entry[0] == "gone"]
+
+    return write
+
+
+def test_the_memory_bit(write: Callable[..., list[object]]) -> None:
+    assert write(4, b"\x00\x00") == [Cause.DECODE]
+    assert write(4, b"\x04\x00") == [Cause.DECODE]  # bus mastering does not count
+    assert write(4, b"\x02\x00") == []
+    assert write(5, b"\x00") == []
+    assert write(0, bytes(16)) == [Cause.DECODE]
+    assert write(3, b"\xff\x02") == []
+    assert write(8, bytes(64)) == []
+
+
+def test_power_and_resets(write: Callable[..., list[object]]) -> None:
+    assert write(POWER + 4, b"\x03\x00") == [Cause.POWER]
+    assert write(POWER + 4, b"\x00\x00") == []
+    assert write(POWER + 4, b"\x02\x00") == []  # D2: vfio-pci leaves imports alone
+    assert write(POWER + 5, b"\x03") == []
+    assert write(EXPRESS + 8, b"\x00\x80") == [Cause.RESET]
+    assert write(EXPRESS + 9, b"\x80") == [Cause.RESET]
+    assert write(EXPRESS + 8, b"\xff\x7f") == []
+    assert write(ADVANCED + 4, b"\x01") == [Cause.RESET]
+    assert write(ADVANCED + 4, b"\x02") == []
+
+
+def test_a_function_without_resets(write: Callable[..., list[object]]) -> None:
+    plain = config(flr=False)
+    assert write(EXPRESS + 8, b"\x00\x80", plain) == []
+    assert write(ADVANCED + 4, b"\x01", plain) == []
