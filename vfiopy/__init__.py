@@ -3,6 +3,8 @@
 from vfiopy.backend import DeviceWindow, FileMemory, HostMemory, Prot
 from vfiopy.device import Device, Interrupt, Vector
 from vfiopy.dma import HUGE_1G, HUGE_2M, AddressSpace, DmaArray, Mapping, file_memory
+from vfiopy.dma.imports import DmaBufMapping, ImportState
+from vfiopy.dmabuf import DmaBuf, ExporterLife, Fence, MemfdPart
 from vfiopy.errors import (
     AccessError,
     AddressRangeError,
@@ -58,13 +60,19 @@ __all__ = [
     "DeviceNotFoundError",
     "DeviceWindow",
     "DmaArray",
+    "DmaBuf",
+    "DmaBufMapping",
+    "ExporterLife",
+    "Fence",
     "FileMemory",
     "ForkedError",
     "Function",
     "HostMemory",
+    "ImportState",
     "Interrupt",
     "IovaRangeError",
     "Mapping",
+    "MemfdPart",
     "MemlockError",
     "MemoryKindError",
     "NoSpaceError",

@@ -18,10 +18,13 @@ from vfiopy._native import HostMemory  # one is made for every buffer that is ma
 
 if TYPE_CHECKING:
     from vfiopy.iova import IovaSpace
+    from vfiopy.signals import MemorySignals
 
 __all__ = [
     "Area",
+    "BarPort",
     "BookReader",
+    "Copier",
     "DeviceInfo",
     "DeviceIo",
     "DeviceWindow",
@@ -46,6 +49,7 @@ __all__ = [
     "RegionIndex",
     "RegionInfo",
     "RemoteMemory",
+    "TellingIo",
     "Window",
     "region_name",
 ]
@@ -251,6 +255,28 @@ class DeviceIo(Protocol):
         """Let the device go. Idempotent."""
 
 
+@runtime_checkable
+class TellingIo(Protocol):
+    """A device that tells when the memory of its BARs goes away, which only those that can be a peer's target do."""
+
+    @property
+    def signals(self) -> MemorySignals:
+        """Where it tells."""
+
+
+@runtime_checkable
+class BarPort(Protocol):
+    """Which region of which device a :class:`vfiopy.mmio.Region` is: its ``slow`` attribute."""
+
+    @property
+    def io(self) -> DeviceIo:
+        """The device."""
+
+    @property
+    def index(self) -> int:
+        """The region's index."""
+
+
 class MemoryKind(IntEnum):
     """Kinds of memory that a mapper may or may not take."""
 
@@ -287,12 +313,14 @@ class DeviceWindow:
     """A range of a device's BAR, as the target of another device's DMA.
 
     Attributes:
-        region: region index at its device.
-        offset: bytes from the region's start.
+        region: region index at its device, or -1 where the dma-buf came from elsewhere.
+        offset: bytes from the region's start, or from the dma-buf's where the region is not known.
         size: bytes.
         dmabuf_fd: the dma-buf that stands for it, or -1.
-        address: where this process has it mapped, or 0 (only type1 can map a BAR that way).
+        address: where this process has it mapped, or 0 (only type1 and devices that are software need it).
         owner: the device or dma-buf object, kept alive for as long as it is mapped.
+        dmabuf_offset: where the window begins in the dma-buf, bytes.
+        physical: bus address of the first byte, or 0 where it is not known.
     """
 
     region: int
@@ -301,6 +329,8 @@ class DeviceWindow:
     dmabuf_fd: int
     address: int
     owner: object
+    dmabuf_offset: int = 0
+    physical: int = 0
     writable = True
     kind = MemoryKind.MMIO
 
@@ -349,11 +379,13 @@ class MapperTraits:
         page_sizes: bit n set means that pages of 2**n bytes can be used; the lowest is the alignment of everything.
         max_mappings: how many mappings it takes, 0 for no known limit.
         memory: the kinds of memory that it takes.
+        dmabufs: it takes device memory as a dma-buf, and does not need an address in this process for it.
     """
 
     page_sizes: int
     max_mappings: int
     memory: frozenset[MemoryKind]
+    dmabufs: bool = False
 
 
 class Mapper(Protocol):
@@ -426,6 +458,17 @@ class Placer(Protocol):
 
     def place(self, memory: Memory) -> int:
         """Return that IOVA; raises MemoryKindError where this memory cannot be used at all."""
+
+
+@runtime_checkable
+class Copier(Protocol):
+    """A mapper that can share a mapping of another one (IOMMU_IOAS_COPY)."""
+
+    def can_copy_from(self, source: Mapper) -> bool:
+        """Whether the two have enough in common."""
+
+    def copy_from(self, source: Mapper, source_iova: int, size: int, prot: Prot, iova: int) -> None:
+        """Map at ``iova`` what is mapped there; all of it or, when it raises, nothing."""
 
 
 class Host(Protocol):

@@ -263,6 +263,8 @@ static PyMethodDef methods[] = {
 
 static PyMemberDef members[] = {
     {"iova", T_ULONGLONG, offsetof(struct vfiopy_mapping_object, iova), READONLY, "The first IOVA."},
+    {"serial", T_ULONGLONG, offsetof(struct vfiopy_mapping_object, serial), READONLY,
+     "Tells it from every other mapping of its space, before and after."},
     {"size", T_ULONGLONG, offsetof(struct vfiopy_mapping_object, size), READONLY, "Size in bytes."},
     {"address", T_ULONGLONG, offsetof(struct vfiopy_mapping_object, address), READONLY,
      "Virtual address of the memory in this process; 0 where it has none."},

@@ -84,6 +84,8 @@ def uses(
         "lose_addresses": lambda: space.lose_addresses(0x10000, 0x13FFF),
         "set_address": lambda: space.set_address(0x10000, 4 * PAGE, HERE, "m"),
         "change_process": lambda: space.change_process(token),
+        "set_revoked": lambda: space.set_revoked(0x10000, 1),
+        "restore": lambda: space.restore(0x10000, 1),
         "closing": lambda: space.closing(0x10000, 0x13FFF),
         "len": lambda: len(space),
         "in": lambda: 0x10000 in space,

@@ -14,19 +14,24 @@ __all__ = ["RegionPort", "Regions", "mappable_areas"]
 
 
 class RegionPort:
-    """Register access through the backend: for what is not, or cannot be, mapped."""
+    """Register access through the backend: for what is not, or cannot be, mapped.
+
+    Attributes:
+        io: the device.
+        index: the region's index.
+    """
 
     def __init__(self, io: DeviceIo, index: int) -> None:
-        self._io = io
-        self._index = index
+        self.io = io
+        self.index = index
 
     def read(self, offset: int, width: int) -> int:
         """Read ``width`` bytes as one access."""
-        return int.from_bytes(self._io.read(self._index, offset, width), "little")
+        return int.from_bytes(self.io.read(self.index, offset, width), "little")
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Write ``width`` bytes as one access."""
-        self._io.write(self._index, offset, value.to_bytes(width, "little"))
+        self.io.write(self.index, offset, value.to_bytes(width, "little"))
 
 
 def mappable_areas(info: RegionInfo, msix: Area | None) -> list[Area]:

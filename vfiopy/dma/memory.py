@@ -18,7 +18,7 @@ from vfiopy.errors import AlignmentError, MemoryKindError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PAGE_SIZE", "file_memory", "let_go", "memory_of", "round_to_pages"]
+__all__ = ["PAGE_SIZE", "OwnedFd", "file_memory", "let_go", "memory_of", "round_to_pages"]
 
 PAGE_SIZE = mmap.PAGESIZE
 _READY = (HostMemory, FileMemory, DeviceWindow, RemoteMemory)
@@ -29,14 +29,21 @@ def round_to_pages(size: int, page: int = PAGE_SIZE) -> int:
     return (size + page - 1) & ~(page - 1)
 
 
-class _OwnedFd:
+class OwnedFd:
     """A duplicate of a caller's fd, so that closing the original does not pull it away under a mapping."""
 
     def __init__(self, fd: int) -> None:
         self.fd = os.dup(fd)  # dup() of Python sets O_CLOEXEC
 
+    def close(self) -> None:
+        """Close it now, where nothing was mapped and a traceback would keep this object. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def __del__(self) -> None:
-        os.close(self.fd)
+        if getattr(self, "fd", -1) >= 0:
+            os.close(self.fd)
 
 
 def file_memory(fd: int, size: int, *, offset: int = 0, writable: bool = True, mapped: Any = None) -> FileMemory:
@@ -74,7 +81,7 @@ def file_memory(fd: int, size: int, *, offset: int = 0, writable: bool = True, m
             )
         address = _address(view)
         _check_pages("address", address)
-    owned = _OwnedFd(fd)
+    owned = OwnedFd(fd)
     return FileMemory(owned.fd, offset, size, writable, address, (owned, mapped))
 
 

@@ -18,7 +18,9 @@ _PATH = "/dev/iommu"
 class Iommufd(Resource):
     """An iommufd context. Closing it closes its objects; close devices that are bound to it first.
 
-    ``.calls`` is the typed fd below, with every ioctl.
+    Attributes:
+        calls: the typed fd below, with every ioctl.
+        context: the same for all objects that :meth:`share` made of one, because the kernel does not tell.
     """
 
     _rank = 30
@@ -26,6 +28,7 @@ class Iommufd(Resource):
     def __init__(self, calls: IommufdFd | None = None) -> None:
         """Open /dev/iommu, or take over an fd that is open already."""
         self.calls = IommufdFd.open(_PATH) if calls is None else calls
+        self.context = object()
         self._objects: list[weakref.ref[IommufdObject]] = []
         super().__init__(self.calls.label)
 
@@ -38,6 +41,12 @@ class Iommufd(Resource):
         except BaseException:
             calls.close()
             raise
+
+    def share(self) -> Self:
+        """Another object of the same context, which lives as long as one of them does."""
+        other = self.adopt(self.fileno())
+        other.context = self.context
+        return other
 
     def fileno(self) -> int:
         """Return the fd number; still owned by this object."""

@@ -13,6 +13,7 @@ from vfiopy.backend import (
     FileMemory,
     IovaRange,
     KernelTarget,
+    Mapper,
     MapperTraits,
     Memory,
     MemoryKind,
@@ -114,7 +115,7 @@ class IoasMapper(Resource):
     def traits(self) -> MapperTraits:
         """Alignment of the IOAS as it is now, and huge pages, which every IOMMU has in some size."""
         smallest = max(self.ioas.alignment(), mmap.PAGESIZE)
-        return MapperTraits(smallest | _HUGE_PAGES & -smallest, 0, frozenset(_KINDS))
+        return MapperTraits(smallest | _HUGE_PAGES & -smallest, 0, frozenset(_KINDS), dmabufs=True)
 
     def ranges(self) -> list[IovaRange]:
         """Usable IOVAs as they are now."""
@@ -131,13 +132,27 @@ class IoasMapper(Resource):
                     object=self._label,
                     hint="export the BAR as a dma-buf and map that",
                 )
-            self.ioas.map_file(memory.dmabuf_fd, memory.offset, memory.size, prot, iova=iova)
+            self.ioas.map_file(memory.dmabuf_fd, memory.dmabuf_offset, memory.size, prot, iova=iova)
         else:
             self.ioas.map(memory.address, memory.size, prot, iova=iova)
 
     def unmap(self, iova: int, size: int) -> int:
         """IOMMU_IOAS_UNMAP."""
         return self.ioas.unmap(iova, size)
+
+    def sibling(self) -> IoasMapper:
+        """Make another IOAS in the same context: mappings can be copied between them."""
+        self.check_open()
+        return IoasMapper(self.iommufd.share())
+
+    def can_copy_from(self, source: Mapper) -> bool:
+        """Whether it is an IOAS of the same context."""
+        return isinstance(source, IoasMapper) and source.iommufd.context is self.iommufd.context
+
+    def copy_from(self, source: Mapper, source_iova: int, size: int, prot: Prot, iova: int) -> None:
+        """IOMMU_IOAS_COPY: the pages are pinned, and charged, once."""
+        assert isinstance(source, IoasMapper)
+        self.ioas.copy_from(source.ioas, source_iova, size, prot, iova=iova)
 
     # --- end ------------------------------------------------------------------------------------------------
 

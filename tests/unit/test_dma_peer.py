@@ -1,0 +1,137 @@
+"""The BAR of an emulated device as memory for another emulated device: the road that needs no kernel.
+
+What needs one is in tests/guest/test_dmabuf_*.py.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from emulated_support import Everything
+
+import vfiopy
+from vfiopy import ImportState, RevokedError
+from vfiopy.drivers.edu import EduDriver
+from vfiopy.errors import AlignmentError, NotSupportedError, StateError
+from vfiopy.signals import Cause
+
+PAGE = 4096
+
+
+class Pair:
+    def __init__(self) -> None:
+        self.importer = vfiopy.open("emulated:edu")
+        self.exporter = vfiopy.open(Everything())
+        self.importer.bus_master = True
+        self.edu = EduDriver(self.importer)
+        self.space = self.importer.space
+        self.bar = self.exporter.bars[2]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.importer.close()
+    pair.exporter.close()
+    del pair
+    gc.collect()  # a callback that knows its import is a circle; later tests count open files
+
+
+def store(pair: Pair, iova: int, text: bytes) -> None:
+    with pair.space.bounce(text) as source:
+        pair.edu.load(source.iova, len(text))
+    pair.edu.store(iova, len(text))
+
+
+def test_dma_lands_in_the_bar(pair: Pair) -> None:
+    with pair.space.peer(pair.bar, offset=PAGE, size=PAGE) as imported:
+        assert imported.state is ImportState.LIVE
+        assert imported.ranges is None  # nothing of it is on a bus
+        assert imported.paths == ()
+        store(pair, imported.iova + 8, b"to a peer")
+        assert pair.bar.read_block(PAGE + 8, 9, width=1) == b"to a peer"
+    assert not imported
+
+
+def test_it_dies_with_the_exporters_decode_and_comes_back(pair: Pair) -> None:
+    imported = pair.space.peer(pair.bar, size=PAGE, iova=0x40000)
+    heard: list[vfiopy.DmaBufMapping] = []
+    imported.on_revoked(heard.append)
+    pair.exporter.memory_enabled = False
+    assert heard == [imported]
+    assert (imported.state, imported.cause) == (ImportState.REVOKED, Cause.DECODE)
+    with pytest.raises(RevokedError, match="decode was switched off"):
+        _ = imported.iova
+    with pytest.raises(RevokedError, match="was taken away"):
+        pair.space.book.pin(0x40000, PAGE, 3, peer=True)
+    store(pair, 0x40000, b"lost")
+    assert "was taken away" in pair.importer.io.device.faults[-1].reason  # type: ignore[attr-defined]
+    pair.exporter.memory_enabled = True
+    assert imported.state is ImportState.REVOKED
+    imported.remap()
+    imported.remap()  # nothing to do
+    assert imported.iova == 0x40000
+    store(pair, imported.iova, b"found")
+    assert pair.bar.read_block(0, 5, width=1) == b"found"
+    pair.exporter.reset()
+    assert imported.cause is Cause.RESET
+    imported.unmap()
+    pair.space.book.verify()
+
+
+def test_a_callback_may_remap_or_unmap(pair: Pair) -> None:
+    imported = pair.space.peer(pair.bar, size=PAGE)
+    imported.on_revoked(lambda one: one.remap())
+    pair.exporter.reset()
+    imported.check()
+    other = pair.space.peer(pair.bar, size=PAGE)
+    other.on_revoked(lambda one: one.unmap())
+    pair.exporter.reset()
+    assert not other
+    imported.check()
+    imported.unmap()
+
+
+def test_the_exporter_cannot_be_closed_under_it(pair: Pair) -> None:
+    imported = pair.space.peer(pair.bar, size=PAGE)
+    with pytest.raises(vfiopy.BusyError, match="peer memory of address space"):
+        pair.exporter.close()
+    assert pair.exporter.memory_enabled
+    imported.unmap()
+    with pytest.raises(vfiopy.ClosedError):
+        imported.check()
+
+
+def test_dropped_handles_are_still_told(pair: Pair) -> None:
+    pair.space.peer(pair.bar, size=PAGE, iova=0x40000)
+    gc.collect()
+    pair.exporter.memory_enabled = False
+    found = pair.space.book.find(0x40000)
+    assert found is not None
+    assert found.revoked
+    pair.space.unmap(0x40000)
+    pair.exporter.memory_enabled = True
+
+
+def test_refusals(pair: Pair) -> None:
+    with pytest.raises(NotSupportedError, match="not the BAR of a device"):
+        pair.space.peer(vfiopy.Region("loose", PAGE))
+    with pytest.raises(AlignmentError, match="not whole pages"):
+        pair.space.peer(pair.bar, size=10)
+    with pytest.raises(vfiopy.AddressRangeError, match="reach beyond"):
+        pair.space.peer(pair.bar, offset=pair.bar.size, size=PAGE)
+    with pytest.raises(vfiopy.AccessError):
+        pair.space.peer(pair.importer.bars[0], size=PAGE)  # registers: served by code, not memory
+    pair.exporter.memory_enabled = False
+    with pytest.raises(RevokedError, match="does not decode memory"):
+        pair.space.peer(pair.bar)
+    pair.exporter.memory_enabled = True
+    with vfiopy.AddressSpace("closed") as space:
+        pass
+    with pytest.raises((StateError, vfiopy.ClosedError)):
+        space.peer(pair.bar)
+    assert not pair.bar.holds
+    assert not pair.space.book.mappings()

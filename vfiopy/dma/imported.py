@@ -1,0 +1,76 @@
+"""The state of an import: live, revoked or unknown; kept by the book, told by the hub."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from vfiopy.dma.mapping import Mapping
+from vfiopy.dmabuf.origin import Origin
+from vfiopy.lives import report_errors
+from vfiopy.signals import Cause
+
+__all__ = ["ImportState", "ImportedMemory"]
+
+
+class ImportState(Enum):
+    """Whether there is something behind an import's IOVA."""
+
+    LIVE = "live"
+    REVOKED = "revoked"
+    UNKNOWN = "unknown"
+
+
+class ImportedMemory:
+    """Whether an import's memory is there, and who is to be told. Implements the hub's MemoryListener.
+
+    Threads: its state changes under the lock of the origin's signals.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.state = ImportState.LIVE
+        self.cause: Cause | None = None
+        self.callbacks: list[Callable[[], object]] = []
+        self._space: weakref.ref[Any] | None = None  # the book keeps this object alive, and the space the book
+        self._iova = self._serial = 0
+        self._before = ImportState.LIVE
+
+    def mapped(self, mapping: Mapping, space: object) -> None:
+        """It is in the book now."""
+        self._space = weakref.ref(space)
+        self._iova, self._serial = mapping.iova, mapping.serial
+
+    def mark(self, state: ImportState, cause: Cause | None) -> bool:
+        """Take a state, here and in the book; False: it is not in the book any more."""
+        self.state, self.cause = state, cause
+        space = None if self._space is None else self._space()
+        revoked = state is not ImportState.LIVE
+        return space is not None and bool(space.book.set_revoked(self._iova, self._serial, revoked))
+
+    # --- the hub's ---
+
+    def going(self, cause: Cause) -> bool:
+        """The memory is about to go."""
+        if self.state is ImportState.REVOKED or self._space is None:
+            if cause.final:
+                self.cause = cause
+            return False
+        self._before = self.state
+        return self.mark(ImportState.REVOKED, cause)
+
+    def stayed(self) -> None:
+        """It did not go."""
+        self.mark(self._before, None)
+
+    def gone(self, cause: Cause) -> None:  # noqa: ARG002  the handle has it
+        """It is gone: tell the owners."""
+        for callback in list(self.callbacks):
+            report_errors(callback)
+
+    def doubtful(self) -> None:
+        """It may be gone."""
+        if self.state is ImportState.LIVE and self._space is not None:
+            self.mark(ImportState.UNKNOWN, None)

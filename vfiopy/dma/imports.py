@@ -1,0 +1,359 @@
+"""dma-bufs imported into an address space, and what becomes of them when the exporter takes the memory back.
+
+An import is *live* until its exporter's device is reset, powered down, closed, or stops to decode memory. From then on
+nothing is behind its IOVA, also when the memory is there again, until :meth:`DmaBufMapping.remap`. The kernel tells
+nobody; :mod:`vfiopy.signals` does, for what this process does. Of an exporter in another process nothing is heard: its
+imports become *unknown* at the first sign that the memory was away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+
+from vfiopy.backend import Area, Copier, DeviceWindow, Mapper, Prot
+from vfiopy.dma.imported import ImportedMemory, ImportState
+from vfiopy.dma.mapping import Mapping
+from vfiopy.dma.memory import PAGE_SIZE, OwnedFd
+from vfiopy.dmabuf import DmaBuf
+from vfiopy.dmabuf.origin import BarOrigin, Origin
+from vfiopy.errors import (
+    AddressRangeError,
+    AlignmentError,
+    ClosedError,
+    MemoryKindError,
+    NotSupportedError,
+    RevokedError,
+)
+from vfiopy.signals import Cause
+
+if TYPE_CHECKING:
+    from vfiopy.iova import IovaSpace
+    from vfiopy.pci.p2p import PeerPath
+
+__all__ = ["DmaBufMapping", "ImportState", "ImportingSpace", "import_dmabuf"]
+
+
+class ImportingSpace(Protocol):
+    """What this file needs of an :class:`vfiopy.AddressSpace`, which is made on top of it."""
+
+    name: str
+    book: IovaSpace
+
+    @property
+    def mappers(self) -> tuple[Mapper, ...]:
+        """Its mappers."""
+
+    def by_address(self) -> list[Mapper]:
+        """Those that need device memory to be mapped in this process."""
+
+    def map_window(self, window: DeviceWindow, prot: Prot, *, iova: int | None, limit: int, alignment: int) -> Mapping:
+        """Map device memory."""
+
+    def copy_window(
+        self, window: DeviceWindow, prot: Prot, iova: int | None, copier: Copier, source: Mapper, source_iova: int
+    ) -> Mapping:
+        """Share what another mapper has mapped."""
+
+    def restore(self, mapping: Mapping) -> None:
+        """Unmap a revoked mapping and map it again at the same IOVA."""
+
+
+class DmaBufMapping:
+    """A dma-buf, or a part of it, that the devices of a space can reach.
+
+    Made by ``space.import_dmabuf()`` and ``space.peer()``. ``bool(mapping)`` says whether it is mapped, revoked or not.
+    Dropping the object does not unmap.
+
+    Threads: may be shared.
+
+    Attributes:
+        space: the address space.
+        mapping: the plain mapping below; its ``iova`` is there whatever the state.
+        paths: how the space's devices reach the memory; only from ``peer()``.
+    """
+
+    def __init__(
+        self, space: ImportingSpace, mapping: Mapping, memory: ImportedMemory, paths: Sequence[PeerPath] = ()
+    ) -> None:
+        self.space = space
+        self.mapping = mapping
+        self.paths = tuple(paths)
+        self._memory = memory
+
+    # --- looking ---
+
+    @property
+    def state(self) -> ImportState:
+        """Live, revoked or unknown, as far as this process can know."""
+        self._memory.origin.look()
+        return self._memory.state
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why it was revoked."""
+        return self._memory.cause
+
+    @property
+    def watched(self) -> bool:
+        """The exporter is this process's, or its life is watched: its end is noticed."""
+        return self._memory.origin.watched
+
+    def check(self) -> None:
+        """Raise unless it is mapped and live.
+
+        Raises:
+            RevokedError: the exporter took the memory back, or may have done so.
+            ClosedError: it was unmapped.
+        """
+        state = self.state
+        if state is ImportState.LIVE and self.mapping:
+            return
+        if not self.mapping:
+            raise ClosedError(f"{self.mapping!r} was unmapped before")
+        signals = self._memory.origin.signals
+        where = f"the import at IOVA {self.mapping.iova:#x}"
+        if state is ImportState.UNKNOWN:
+            raise RevokedError(
+                f"{where} may be dead: its exporter, in another process, took the memory back for a while",
+                object=signals.name,
+                hint="remap() makes sure; receive() with watch=True, or adopt(life=...), notices more",
+            )
+        reason = "its memory was taken back" if self.cause is None else self.cause.value
+        raise RevokedError(
+            f"{reason}: nothing is behind {where} any more", object=signals.name, hint=self._advice(signals.over)
+        )
+
+    def _advice(self, over: bool) -> str:
+        if over:
+            return "unmap() it; the device has to be opened and its BAR exported anew"
+        return "remap() brings it back once the device decodes memory again"
+
+    @property
+    def iova(self) -> int:
+        """The first IOVA, for the device. Raises as :meth:`check` does."""
+        self.check()
+        return self.mapping.iova
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.mapping.size
+
+    @property
+    def prot(self) -> Prot:
+        """What devices may do."""
+        return self.mapping.prot
+
+    @property
+    def ranges(self) -> tuple[Area, ...] | None:
+        """Where it is on the bus: one (address, bytes), or None where the fd came from another process."""
+        memory = self.mapping.memory
+        physical = memory.physical if isinstance(memory, DeviceWindow) else 0
+        return (Area(physical, self.size),) if physical else None
+
+    def pin(
+        self, *, offset: int = 0, size: int | None = None, owner: int = 0, prot: Prot = Prot.RW
+    ) -> list[int | None]:
+        """Pin pages; return the page frame number of each: the BAR's own, or None where that is not known.
+
+        ``space.book.unpin(iova + offset, size, owner)`` lets go.
+
+        Raises:
+            RevokedError, ClosedError: see :meth:`check`.
+        """
+        length = self.size - offset if size is None else size
+        return self.space.book.pin(self.iova + offset, length, prot & self.prot, owner, peer=True, pfns=True)
+
+    def on_revoked(self, callback: Callable[[DmaBufMapping], object]) -> None:
+        """Have ``callback(mapping)`` called after the memory was taken back, with no lock held; it may unmap or remap.
+
+        Errors in it go to ``sys.unraisablehook``.
+        """
+        self._memory.callbacks.append(partial(callback, self))
+
+    # --- changing ---
+
+    def remap(self) -> None:
+        """Bring a revoked import back at the same IOVA: unmap it and map it again. Does nothing where it is live.
+
+        Raises:
+            RevokedError: the memory is still away, or gone for good; the import stays as it was.
+            ClosedError: it was unmapped.
+        """
+        if not self.mapping:
+            raise ClosedError(f"{self.mapping!r} was unmapped before")
+        memory = self._memory
+        origin = memory.origin
+        origin.look()
+        with origin.signals.lock:
+            if memory.state is ImportState.LIVE:
+                return
+            if origin.signals.over:
+                self.check()
+            try:
+                self.space.restore(self.mapping)
+            except RevokedError as error:
+                memory.mark(ImportState.REVOKED, memory.cause)
+                refused = error
+            else:
+                memory.mark(ImportState.LIVE, None)
+                return
+        origin.refused()
+        raise _still_away(origin, refused) from refused
+
+    def unmap(self, *, timeout: float = 0.0) -> None:
+        """Take it away from the devices, live or not: see :meth:`vfiopy.dma.Mapping.unmap`."""
+        self.mapping.unmap(timeout=timeout)
+
+    def copy_to(self, space: ImportingSpace, *, iova: int | None = None, prot: Prot | None = None) -> DmaBufMapping:
+        """Map the same memory in another space by IOMMU_IOAS_COPY.
+
+        Args:
+            space: its mapper is an IOAS of the same iommufd context: ``IoasMapper.sibling()`` makes one.
+            iova: where; None lets the book choose.
+            prot: None for the same.
+
+        Raises:
+            NotSupportedError: the two spaces do not share an iommufd.
+            RevokedError, OverlapError: as for an import.
+        """
+        rights = self.prot if prot is None else prot
+        memory = self._memory
+        copier = _copier(self.space, space)
+        if copier is None:
+            raise NotSupportedError(
+                "the two spaces do not have one IOAS each in the same iommufd",
+                object=f"address space '{space.name}'",
+                hint="space.add_mapper(mapper.sibling()), or import the dma-buf there: space.import_dmabuf(buf)",
+            )
+        copy = ImportedMemory(memory.origin)
+        window = cast("DeviceWindow", self.mapping.memory)
+        own = OwnedFd(window.dmabuf_fd)
+        twin = replace(window, dmabuf_fd=own.fd, owner=(copy, own))
+        try:
+            with memory.origin.signals.lock:
+                self.check()
+                mapping = space.copy_window(twin, rights, iova, copier, self.space.mappers[0], self.mapping.iova)
+                _listen(copy, mapping, space)
+        except BaseException:
+            _let_go(space, twin, own)
+            raise
+        return DmaBufMapping(space, mapping, copy, self.paths)
+
+    def __bool__(self) -> bool:
+        return bool(self.mapping)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.mapping:
+            self.mapping.unmap()
+
+    def __repr__(self) -> str:
+        state = self._memory.state.value if self.mapping else "unmapped"
+        first = self.mapping.iova
+        return f"<DmaBufMapping {first:#x}-{self.mapping.last:#x} of {self._memory.origin.signals.name} ({state})>"
+
+
+def _copier(source: ImportingSpace, target: ImportingSpace) -> Copier | None:
+    if len(source.mappers) != 1 or len(target.mappers) != 1:
+        return None
+    mapper = target.mappers[0]
+    return mapper if isinstance(mapper, Copier) and mapper.can_copy_from(source.mappers[0]) else None
+
+
+def _listen(memory: ImportedMemory, mapping: Mapping, space: ImportingSpace) -> None:
+    memory.mapped(mapping, space)
+    memory.origin.signals.listen(memory)
+
+
+def _still_away(origin: Origin, error: RevokedError) -> RevokedError:
+    signals = origin.signals
+    cause = signals.absent
+    if cause is None:
+        return error
+    hint = "it never comes back; export the BAR anew" if cause.final else "undo that first, then try again"
+    return RevokedError(
+        f"the memory is away: {cause.value}", errno=error.errno, object=signals.name, call=error.call, hint=hint
+    )
+
+
+def _part(buffer: DmaBuf, offset: int, size: int | None) -> Area:
+    length = buffer.size - offset if size is None else size
+    if offset % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
+        raise AlignmentError(
+            f"{length:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE:#x} bytes", object=buffer.label
+        )
+    if offset < 0 or offset + length > buffer.size:
+        raise AddressRangeError(
+            f"{length:#x} bytes at offset {offset:#x} reach beyond its {buffer.size:#x} bytes", object=buffer.label
+        )
+    return Area(offset, length)
+
+
+def import_dmabuf(
+    space: ImportingSpace, buffer: DmaBuf, part: tuple[int, int | None], prot: Prot, place: dict[str, Any]
+) -> DmaBufMapping:
+    """See :meth:`vfiopy.AddressSpace.import_dmabuf`.
+
+    Args:
+        space: where.
+        buffer: what.
+        part: offset and size in bytes, None for the rest.
+        prot: what devices may do.
+        place: ``iova``, ``limit`` and ``alignment`` of ``AddressSpace.map()``.
+    """
+    buffer.check_open()
+    area = _part(buffer, *part)
+    origin = buffer.origin
+    if origin.way:
+        raise NotSupportedError(
+            f"{buffer.label} cannot be imported: iommufd takes only what vfio-pci exports, in one range",
+            object=f"address space '{space.name}'",
+            call="IOMMU_IOAS_MAP_FILE",
+            hint=origin.way,
+        )
+    by_address = space.by_address()
+    if by_address:
+        raise MemoryKindError(
+            f"{', '.join(mapper.name for mapper in by_address)} cannot import dma-bufs",
+            object=f"address space '{space.name}'",
+            hint="open its devices with backend='iommufd'; space.peer(device.bars[n]) says what else there is",
+        )
+    origin.look()
+    memory = ImportedMemory(origin)
+    own = OwnedFd(buffer.fileno())  # for mappers that join later; it goes when the memory is unmapped
+    window = replace(_window(origin, area), dmabuf_fd=own.fd, owner=(memory, own))
+    try:
+        with origin.signals.lock:
+            if origin.signals.over:
+                raise RevokedError("its memory is gone for good", object=buffer.label, call="IOMMU_IOAS_MAP_FILE")
+            mapping = space.map_window(window, prot, **place)
+            _listen(memory, mapping, space)
+    except RevokedError as error:
+        _let_go(space, window, own)
+        origin.refused()
+        raise _still_away(origin, error) from error
+    except BaseException:
+        _let_go(space, window, own)
+        raise
+    return DmaBufMapping(space, mapping, memory)
+
+
+def _let_go(space: ImportingSpace, window: DeviceWindow, own: OwnedFd) -> None:
+    """Close the fd of what was not mapped: the traceback of the failure would keep it open."""
+    if all(one.memory is not window for one in space.book.mappings()):
+        own.close()
+
+
+def _window(origin: Origin, area: Area) -> DeviceWindow:
+    region, start, physical = -1, 0, 0
+    if isinstance(origin, BarOrigin):
+        region, start = origin.index, origin.areas[0].offset
+        physical = origin.ranges[0].offset + area.offset if origin.ranges else 0
+    return DeviceWindow(region, start + area.offset, area.size, -1, 0, None, area.offset, physical)
+
