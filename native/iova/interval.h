@@ -36,13 +36,11 @@ static inline struct vfiopy_interval *vfiopy_interval_at(const struct vfiopy_rb_
 {
     struct vfiopy_interval *interval = (struct vfiopy_interval *)tree->top;
 
-    while (interval) {
-        if (point < interval->first)
-            interval = (struct vfiopy_interval *)interval->rb.kid[0];
-        else if (point > interval->last)
-            interval = (struct vfiopy_interval *)interval->rb.kid[1];
-        else
-            break;
+    /* Among many mappings a step is a cache miss: both ways are asked for, before the side is known. */
+    while (interval && point - interval->first > interval->last - interval->first) {
+        __builtin_prefetch(interval->rb.kid[0]);
+        __builtin_prefetch(interval->rb.kid[1]);
+        interval = (struct vfiopy_interval *)interval->rb.kid[point > interval->last];
     }
     return interval;
 }
