@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <stdbool.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -28,6 +29,7 @@
 #define LARGEST_ALIGNMENT ((size_t)1 << 30)
 #define POLICY_BIND 2 /* MPOL_BIND of linux/mempolicy.h */
 #define MOST_NODES 1024
+#define VFIOPY_NO_FD (-4096)
 #define BITS_PER_LONG (8 * sizeof(long))
 #define MOST_PLACES 64 /* tried before a mapping is given up because other threads are always there first */
 
@@ -43,6 +45,17 @@ long vfiopy_ioctl_value(int fd, unsigned long number, unsigned long value)
     int result = ioctl(fd, number, value);
 
     return result < 0 ? -errno : result;
+}
+
+long vfiopy_ioctl_fd(int fd, unsigned long number, void *argument, long at)
+{
+    int result = ioctl(fd, number, argument);
+
+    if (result < 0)
+        return -errno;
+    if (at >= 0)
+        memcpy(&result, (char *)argument + at, sizeof(result));
+    return result < 0 ? VFIOPY_NO_FD : result;
 }
 
 static size_t page_size(void)

@@ -12,6 +12,9 @@
 long vfiopy_ioctl(int fd, unsigned long number, void *argument);
 long vfiopy_ioctl_value(int fd, unsigned long number, unsigned long value);
 
+/* An ioctl that answers with an fd: its result or, with `at` >= 0, the int there in the argument. -4096: none. */
+long vfiopy_ioctl_fd(int fd, unsigned long number, void *argument, long at);
+
 /*
  * Map `length` bytes of a device fd, shared. The address is congruent to `offset` modulo `alignment` (a power of two;
  * 0 stands for the largest that fits into `length`, at most 1 GiB), so that the kernel can use huge page table entries.

@@ -19,7 +19,7 @@ from vfiopy.backend import HostMemory, Prot
 from vfiopy.errors import VfioError
 from vfiopy.kernel.ioctl._call import KernelSyscalls, replaced
 
-FALLIBLE = ("open", "duplicate", "ioctl", "ioctl_value", "mmap", "pread", "pwrite")
+FALLIBLE = ("open", "duplicate", "ioctl", "ioctl_fd", "ioctl_value", "mmap", "pread", "pwrite")
 
 
 class Failing(KernelSyscalls):

@@ -75,7 +75,16 @@ class FakeVfio:
 
     # --- files --------------------------------------------------------------------------------------------------
 
-    def open(self, path: str, flags: int) -> int:
+    def open(self, path: str, flags: int, into: list[int]) -> int:
+        return self._put(self.new_fd(path), into)
+
+    @staticmethod
+    def _put(result: int, into: list[int]) -> int:
+        if result >= 0:
+            into.append(result)
+        return min(result, 0)
+
+    def new_fd(self, path: str) -> int:
         if self._fails(f"open {path}"):
             return -self.fail_errno
         name = path.rpartition("/dev/")[2]
@@ -97,12 +106,12 @@ class FakeVfio:
             file.state["group"].state["devices"].discard(id(file))
         return 0
 
-    def duplicate(self, fd: int) -> int:
+    def duplicate(self, fd: int, into: list[int]) -> int:
         if self._fails("dup"):
             return -self.fail_errno
         file = self.fds[fd]
         file.references += 1
-        return self._new(file)
+        return self._put(self._new(file), into)
 
     def identity(self, fd: int) -> str:
         file = self.fds.get(fd)
@@ -172,6 +181,15 @@ class FakeVfio:
         if number == uapi.VFIO_CHECK_EXTENSION:
             return 1
         return -errno.ENOTTY
+
+    def ioctl_fd(self, fd: int, number: int, argument: bytearray | None, at: int, into: list[int]) -> int:
+        result = self.ioctl(fd, number, argument)
+        if result >= 0 and at >= 0:
+            assert argument is not None
+            result = int.from_bytes(argument[at : at + 4], "little", signed=True)
+            if result < 0:
+                return 0
+        return self._put(result, into)
 
     def ioctl(self, fd: int, number: int, argument: bytearray | None) -> int:
         file = self.fds[fd]

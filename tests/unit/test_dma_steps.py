@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dis
 import mmap
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
+from interrupts import Interrupt
 from iova_kernel import Entry, FakeKernel
 
 import vfiopy
@@ -169,32 +167,6 @@ def test_threads_that_map_while_mappers_come_and_go(page: mmap.mmap) -> None:
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
-CHECKS = {"CALL", "CALL_FUNCTION_EX", "CALL_KW", "JUMP_BACKWARD", "RESUME"}
-"""Instructions that end with a look for signals."""
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt where a signal could: at the n-th place in vfiopy.dma.mappers that looks for one."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.places = 0
-        self._last: dict[FrameType, str] = {}
-
-    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename != mappers_module.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            before = self._last.get(frame)
-            self._last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before in CHECKS:
-                self.places += 1
-                if self.places == self.at:
-                    raise KeyboardInterrupt
-        return self
-
-
 def interrupted_everywhere(work: Callable[[AddressSpace], object], prepare: Callable[[AddressSpace], object]) -> int:
     """Interrupt ``work`` at each place in turn; book and mappers must agree, and go on working."""
     at = 0
@@ -206,7 +178,7 @@ def interrupted_everywhere(work: Callable[[AddressSpace], object], prepare: Call
             space.join(first, MEMBER)
             space.join(second, MEMBER)
             prepare(space)
-            interrupt = Interrupt(at)
+            interrupt = Interrupt(at, mappers_module.__file__)
             outcome: BaseException | None = None  # with its traceback, as in an interactive session
             sys.settrace(interrupt)
             try:

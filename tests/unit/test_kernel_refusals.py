@@ -134,7 +134,7 @@ def test_a_stale_node_is_not_opened_as_the_device(tree: FakeKernel, vfio: FakeVf
 
 
 def test_adopted_cdev_is_bound_and_attached(tree: FakeKernel, vfio: FakeVfio) -> None:
-    fd = vfio.open("/dev/vfio/devices/vfio4", 0)
+    fd = vfio.new_fd("/dev/vfio/devices/vfio4")
     io, mapper = connect(A, device_fd=fd, system=tree)
     assert isinstance(mapper, IoasMapper)
     assert io.backend == "iommufd"
@@ -148,7 +148,7 @@ def test_no_failing_call_of_adoption_takes_the_callers_fd(tree: FakeKernel) -> N
     for number in range(2, 9):
         fake = FakeVfio()
         with replaced(fake):
-            fd = fake.open("/dev/vfio/devices/vfio4", 0)
+            fd = fake.new_fd("/dev/vfio/devices/vfio4")
             fake.fail_at = number
             try:
                 io, mapper = connect(A, device_fd=fd, system=tree)
@@ -183,7 +183,7 @@ def test_adopted_group_device_has_no_dma_unless_the_container_comes_too(tree: Fa
 
 
 def test_a_container_is_not_adopted_as_a_device(tree: FakeKernel, vfio: FakeVfio) -> None:
-    fd = vfio.open("/dev/vfio/vfio", 0)
+    fd = vfio.new_fd("/dev/vfio/vfio")
     with pytest.raises(WrongFdError, match=re.escape("is 'vfio/vfio', not a VFIO device")):
         connect(A, device_fd=fd, system=tree)
     assert list(vfio.left()) == [fd]

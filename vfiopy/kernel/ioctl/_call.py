@@ -4,6 +4,10 @@ A test replaces the whole protocol with :func:`replaced` and so can script answe
 the n-th call. Methods return what the kernel returned: a result of at least 0, or ``-errno``. None of them
 raises for what the kernel refuses; naming the error is the business of the layer above, which knows call and
 object.
+
+A new fd is never answered but put into a list, and the list belongs to its owner before the call is made. The call and
+the putting are one step of the interpreter (``into.extend(map(native function, ...))``), so that no KeyboardInterrupt
+gets between the kernel's fd and its owner.
 """
 
 from __future__ import annotations
@@ -29,16 +33,19 @@ __all__ = [
 ]
 
 
+_NO_FD: Final = -4096  # below every -errno; see native/shim/shim.cdef.h
+
+
 class Syscalls(Protocol):
     """The system calls that this package makes."""
 
-    def open(self, path: str, flags: int) -> int:
+    def open(self, path: str, flags: int, into: list[int]) -> int:
         """open(2), always with O_CLOEXEC."""
 
     def close(self, fd: int) -> int:
         """close(2)."""
 
-    def duplicate(self, fd: int) -> int:
+    def duplicate(self, fd: int, into: list[int]) -> int:
         """fcntl(2) F_DUPFD_CLOEXEC."""
 
     def identity(self, fd: int) -> str:
@@ -46,6 +53,9 @@ class Syscalls(Protocol):
 
     def ioctl(self, fd: int, number: int, argument: bytearray | None) -> int:
         """ioctl(2) with a structure that the kernel may read and write."""
+
+    def ioctl_fd(self, fd: int, number: int, argument: bytearray | None, at: int, into: list[int]) -> int:
+        """ioctl(2) that answers with an fd, or with none: its result or, with ``at`` >= 0, the int there."""
 
     def ioctl_value(self, fd: int, number: int, value: int) -> int:
         """ioctl(2) whose third argument is a number."""
@@ -75,17 +85,17 @@ class Syscalls(Protocol):
 class KernelSyscalls:
     """The real ones."""
 
-    def open(self, path: str, flags: int) -> int:
+    def open(self, path: str, flags: int, into: list[int]) -> int:
         """open(2)."""
-        return _result(lambda: os.open(path, flags | os.O_CLOEXEC))
+        return _result(lambda: into.extend(map(os.open, (path,), (flags | os.O_CLOEXEC,))))
 
     def close(self, fd: int) -> int:
         """close(2). Linux frees the number whatever close returns, so it is never tried twice."""
         return _result(lambda: os.close(fd))
 
-    def duplicate(self, fd: int) -> int:
+    def duplicate(self, fd: int, into: list[int]) -> int:
         """os.dup() sets O_CLOEXEC."""
-        return _result(lambda: os.dup(fd))
+        return _result(lambda: into.extend(map(os.dup, (fd,))))
 
     def identity(self, fd: int) -> str:
         """Ask sysfs by device number, because the path that opened a node says nothing (containers, renamed
@@ -106,6 +116,15 @@ class KernelSyscalls:
         """ioctl(2) with the GIL released."""
         pointer = ffi.NULL if argument is None else ffi.from_buffer(argument)
         return int(lib.vfiopy_ioctl(fd, number, pointer))
+
+    def ioctl_fd(self, fd: int, number: int, argument: bytearray | None, at: int, into: list[int]) -> int:
+        """ioctl(2) with the GIL released. What is negative in ``into`` is no fd, should an interrupt leave it there."""
+        pointer = ffi.NULL if argument is None else ffi.from_buffer(argument)
+        into.extend(map(lib.vfiopy_ioctl_fd, (fd,), (number,), (pointer,), (at,)))
+        if into[-1] >= 0:
+            return 0
+        result = into.pop()
+        return 0 if result == _NO_FD else result
 
     def ioctl_value(self, fd: int, number: int, value: int) -> int:
         """ioctl(2) with the GIL released."""

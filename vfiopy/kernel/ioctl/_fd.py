@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 from vfiopy.errors import WrongFdError, from_errno
 from vfiopy.kernel.ioctl._call import os_calls, restarted
@@ -15,6 +15,7 @@ from vfiopy.lives import Resource
 __all__ = ["Fd"]
 
 _GROWTH_LIMIT = 1 << 20  # bytes; no info structure is anywhere near, so a kernel that asks for more is broken
+_Owner = TypeVar("_Owner", bound="Fd")
 _ROOM = 256  # bytes for capabilities on the first try, which saves the second call nearly always
 
 
@@ -31,10 +32,10 @@ class Fd(Resource):
     node: ClassVar[str] = ".*"
     """Regular expression for :meth:`Syscalls.identity` of such an fd."""
 
-    def __init__(self, fd: int, label: str) -> None:
-        """Take ownership of ``fd``; ``label`` is what a user calls the object."""
+    def __init__(self, fd: int | None, label: str) -> None:
+        """Take ownership of ``fd`` (None: it is yet to come); ``label`` is what a user calls the object."""
+        self._fds = [] if fd is None else [fd]
         super().__init__(label)
-        self._fds = [fd]
 
     @classmethod
     def open(cls, path: str, label: str | None = None) -> Self:
@@ -42,10 +43,15 @@ class Fd(Resource):
 
         Raises VfioError with what the errno means for this kind of node.
         """
-        fd = restarted(lambda: os_calls().open(path, os.O_RDWR))
-        if fd < 0:
-            raise from_errno(-fd, call=f"open {cls.kind}", object=path)
-        return cls._owning(fd, label or path)
+        owner = cls(None, label or path)
+        try:
+            result = restarted(lambda: os_calls().open(path, os.O_RDWR, owner._fds))
+            if result < 0:
+                raise from_errno(-result, call=f"open {cls.kind}", object=path)
+        except BaseException:
+            owner.close()
+            raise
+        return owner
 
     @classmethod
     def adopt(cls, fd: int, label: str | None = None) -> Self:
@@ -65,18 +71,20 @@ class Fd(Resource):
                 object=label or f"fd {fd}",
                 hint=f"pass the fd of a {cls.kind}",
             )
-        own = restarted(lambda: os_calls().duplicate(fd))
-        if own < 0:
-            raise from_errno(-own, call="dup", object=label or f"fd {fd}")
-        return cls._owning(own, label or identity)
-
-    @classmethod
-    def _owning(cls, fd: int, label: str) -> Self:
+        owner = cls(None, label or identity)
         try:
-            return cls(fd, label)
+            result = restarted(lambda: os_calls().duplicate(fd, owner._fds))
+            if result < 0:
+                raise from_errno(-result, call="dup", object=label or f"fd {fd}")
         except BaseException:
-            os_calls().close(fd)
+            owner.close()
             raise
+        return owner
+
+    @property
+    def has_fd(self) -> bool:
+        """Whether there is an fd: not where the kernel had none to give, and not after the end."""
+        return bool(self._fds) and self._fds[0] >= 0
 
     @property
     def label(self) -> str:
@@ -109,7 +117,8 @@ class Fd(Resource):
             fd = self._fds.pop()  # atomic: two threads in close() must not close the number twice
         except IndexError:
             return
-        os_calls().close(fd)
+        if fd >= 0:
+            os_calls().close(fd)
 
     # --- calls ----------------------------------------------------------------------------------------------
 
@@ -123,6 +132,29 @@ class Fd(Resource):
         fd = self.fileno()
         result = restarted(lambda: os_calls().ioctl(fd, number, argument), *restart)
         return self._fail(call, result, detail)
+
+    def _ioctl_fd(
+        self,
+        owner: _Owner,
+        call: str,
+        number: int,
+        argument: bytearray,
+        detail: str = "",
+        *,
+        at: int = -1,
+    ) -> _Owner:
+        """Run an ioctl that answers with an fd (see :meth:`Syscalls.ioctl_fd`) and give it to ``owner``; return that.
+
+        The owner is made by the caller, before: ``self._ioctl_fd(DmaBufFd(None, label), ...)``.
+        """
+        try:
+            fd = self.fileno()
+            result = restarted(lambda: os_calls().ioctl_fd(fd, number, argument, at, owner._fds))
+            self._fail(call, result, detail)
+        except BaseException:
+            owner.close()
+            raise
+        return owner
 
     def _ioctl_value(self, call: str, number: int, value: int, detail: str = "") -> int:
         fd = self.fileno()

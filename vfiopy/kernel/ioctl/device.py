@@ -286,8 +286,8 @@ class DeviceFd(FeatureCalls):
         """VFIO_DEVICE_GET_GFX_DMABUF: the dma-buf of a plane."""
         argument = bytearray(dmabuf_id.to_bytes(4, "little"))
         call = "VFIO_DEVICE_GET_GFX_DMABUF"
-        fd = self._ioctl(call, uapi.VFIO_DEVICE_GET_GFX_DMABUF, argument, f"dma-buf id {dmabuf_id}")
-        return DmaBufFd._owning(fd, f"gfx dma-buf {dmabuf_id} of {self._label}")
+        owner = DmaBufFd(None, f"gfx dma-buf {dmabuf_id} of {self._label}")
+        return self._ioctl_fd(owner, call, uapi.VFIO_DEVICE_GET_GFX_DMABUF, argument, f"dma-buf id {dmabuf_id}")
 
     def ioeventfd(self, offset: int, data: int, width: int, eventfd: int) -> None:
         """VFIO_DEVICE_IOEVENTFD: have the kernel write ``data`` when ``eventfd`` is signalled (Linux 4.17).

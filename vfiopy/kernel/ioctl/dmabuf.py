@@ -84,8 +84,9 @@ class DmaBufFd(Fd):
         """DMA_BUF_IOCTL_EXPORT_SYNC_FILE: the fences that ``access`` would have to wait for (Linux 6.0)."""
         layout = uapi.dma_buf_export_sync_file
         argument = layout.new(flags=access, fd=-1)
-        self._ioctl("DMA_BUF_IOCTL_EXPORT_SYNC_FILE", uapi.DMA_BUF_IOCTL_EXPORT_SYNC_FILE, argument)
-        return SyncFileFd._owning(layout.get(argument, "fd"), f"sync file of {self._label}")
+        owner = SyncFileFd(None, f"sync file of {self._label}")
+        call, number = "DMA_BUF_IOCTL_EXPORT_SYNC_FILE", uapi.DMA_BUF_IOCTL_EXPORT_SYNC_FILE
+        return self._ioctl_fd(owner, call, number, argument, at=layout.offset("fd"))
 
     def import_sync_file(self, sync_file: SyncFileFd, access: SyncAccess) -> None:
         """DMA_BUF_IOCTL_IMPORT_SYNC_FILE: have later users wait for that fence (Linux 6.0)."""
@@ -108,8 +109,9 @@ class DmaHeapFd(Fd):
         """DMA_HEAP_IOCTL_ALLOC: allocate ``size`` bytes, rounded up to pages (Linux 5.6)."""
         layout = uapi.dma_heap_allocation_data
         argument = layout.new(len=size, fd_flags=os.O_RDWR | os.O_CLOEXEC)
-        self._ioctl("DMA_HEAP_IOCTL_ALLOC", uapi.DMA_HEAP_IOCTL_ALLOC, argument, f"{size:#x} bytes")
-        return DmaBufFd._owning(layout.get(argument, "fd"), f"dma-buf of {self._label}")
+        owner = DmaBufFd(None, f"dma-buf of {self._label}")
+        call, number = "DMA_HEAP_IOCTL_ALLOC", uapi.DMA_HEAP_IOCTL_ALLOC
+        return self._ioctl_fd(owner, call, number, argument, f"{size:#x} bytes", at=layout.offset("fd"))
 
 
 class MemfdPart(NamedTuple):
@@ -131,8 +133,7 @@ class UdmabufFd(Fd):
         memfd, offset, size = part
         argument = uapi.udmabuf_create.new(memfd=memfd, flags=uapi.UDMABUF_FLAGS_CLOEXEC, offset=offset, size=size)
         detail = f"offset {offset:#x}, size {size:#x}"
-        fd = self._ioctl("UDMABUF_CREATE", uapi.UDMABUF_CREATE, argument, detail)
-        return DmaBufFd._owning(fd, "udmabuf")
+        return self._ioctl_fd(DmaBufFd(None, "udmabuf"), "UDMABUF_CREATE", uapi.UDMABUF_CREATE, argument, detail)
 
     def create_list(self, parts: Sequence[MemfdPart]) -> DmaBufFd:
         """UDMABUF_CREATE_LIST: several ranges, in order (at most 1024 by default)."""
@@ -142,8 +143,8 @@ class UdmabufFd(Fd):
             base = layout.offset("list") + number * item.size
             for field, value in zip(("memfd", "offset", "size"), part, strict=True):
                 item.put(argument, field, value, base)
-        fd = self._ioctl("UDMABUF_CREATE_LIST", uapi.UDMABUF_CREATE_LIST, argument, f"{len(parts)} parts")
-        return DmaBufFd._owning(fd, "udmabuf")
+        owner, call = DmaBufFd(None, "udmabuf"), "UDMABUF_CREATE_LIST"
+        return self._ioctl_fd(owner, call, uapi.UDMABUF_CREATE_LIST, argument, f"{len(parts)} parts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +176,8 @@ class SyncFileFd(Fd):
         """SYNC_IOC_MERGE: a sync file that waits for both; ``name`` has at most 31 bytes."""
         layout = uapi.sync_merge_data
         argument = layout.new(name=_text(name), fd2=other.fileno(), fence=-1)
-        self._ioctl("SYNC_IOC_MERGE", uapi.SYNC_IOC_MERGE, argument)
-        return SyncFileFd._owning(layout.get(argument, "fence"), name)
+        owner, at = SyncFileFd(None, name), layout.offset("fence")
+        return self._ioctl_fd(owner, "SYNC_IOC_MERGE", uapi.SYNC_IOC_MERGE, argument, at=at)
 
     def file_info(self) -> SyncFileInfo:
         """SYNC_IOC_FILE_INFO: name, status and all fences."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 from vfiopy import uapi
@@ -65,6 +65,21 @@ _PROBE: Final = uapi.VFIO_DEVICE_FEATURE_PROBE
 _UNSUPPORTED: Final = (NotSupportedError,)
 
 
+_Owner = TypeVar("_Owner", bound=Fd)
+_HEADER = uapi.vfio_device_feature.size
+
+
+def _feature_call(number: int, operation: int, data: bytes) -> tuple[str, bytearray, str]:
+    """What messages call a VFIO_DEVICE_FEATURE, its argument, and what it is about."""
+    layout = uapi.vfio_device_feature
+    argument = layout.new(len(data), argsz=layout.size + len(data), flags=number | operation)
+    argument[layout.size :] = data
+    name = FEATURE_NAMES.get(number, str(number))
+    what = {_GET: "get", _SET: "set"}.get(operation, "probe")
+    call = f"VFIO_DEVICE_FEATURE_{name}" if number in FEATURE_NAMES else "VFIO_DEVICE_FEATURE"
+    return call, argument, f"{what} feature {number}"
+
+
 class FeatureCalls(Fd):
     """The part of a device fd that answers VFIO_DEVICE_FEATURE.
 
@@ -86,15 +101,17 @@ class FeatureCalls(Fd):
             What the ioctl returned (an fd for DMA_BUF, which is then the caller's; else 0) and the payload
             after it.
         """
-        layout = uapi.vfio_device_feature
-        argument = layout.new(len(data), argsz=layout.size + len(data), flags=number | operation)
-        argument[layout.size :] = data
-        name = FEATURE_NAMES.get(number, str(number))
-        what = {_GET: "get", _SET: "set"}.get(operation, "probe")
-        call = f"VFIO_DEVICE_FEATURE_{name}" if number in FEATURE_NAMES else "VFIO_DEVICE_FEATURE"
+        call, argument, detail = _feature_call(number, operation, data)
         with self.watch.using_feature(number, operation):
-            result = self._ioctl(call, uapi.VFIO_DEVICE_FEATURE, argument, f"{what} feature {number}")
-        return result, bytes(argument[layout.size :])
+            result = self._ioctl(call, uapi.VFIO_DEVICE_FEATURE, argument, detail)
+        return result, bytes(argument[_HEADER:])
+
+    def _feature_fd(self, owner: _Owner, number: int, operation: int, data: bytes, field: int = -1) -> _Owner:
+        """As :meth:`feature` where it answers with an fd: as its result, or at an offset of the payload."""
+        call, argument, detail = _feature_call(number, operation, data)
+        at = field if field < 0 else _HEADER + field
+        with self.watch.using_feature(number, operation):
+            return self._ioctl_fd(owner, call, uapi.VFIO_DEVICE_FEATURE, argument, detail, at=at)
 
     def feature_probe(self, number: int, operation: int = 0) -> bool:
         """Ask whether the device has a feature, and GET or SET of it if ``operation`` says so.
@@ -136,9 +153,13 @@ class FeatureCalls(Fd):
         """
         layout = uapi.vfio_device_feature_mig_state
         data = bytes(layout.new(device_state=state, data_fd=-1))
-        answer = self.feature(uapi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, _SET, data)[1]
-        fd = layout.get(answer, "data_fd")
-        return None if fd < 0 else MigrationFd._owning(fd, f"{self._label} migration stream ({state.name})")
+        stream = MigrationFd(None, f"{self._label} migration stream ({state.name})")
+        number = uapi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
+        self._feature_fd(stream, number, _SET, data, layout.offset("data_fd"))
+        if stream.has_fd:
+            return stream
+        stream.close()
+        return None
 
     def migration_data_size(self) -> int:
         """Estimate of the bytes that STOP_COPY will produce (Linux 6.2)."""
@@ -231,5 +252,5 @@ class FeatureCalls(Fd):
             base = layout.size + number * item.size
             item.put(data, "offset", area.offset, base)
             item.put(data, "length", area.size, base)
-        fd = self.feature(uapi.VFIO_DEVICE_FEATURE_DMA_BUF, _GET, bytes(data))[0]
-        return DmaBufFd._owning(fd, f"dma-buf of {self._label} region {region}")
+        owner = DmaBufFd(None, f"dma-buf of {self._label} region {region}")
+        return self._feature_fd(owner, uapi.VFIO_DEVICE_FEATURE_DMA_BUF, _GET, bytes(data))

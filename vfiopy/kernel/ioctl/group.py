@@ -56,5 +56,4 @@ class GroupFd(Fd):
         words = name if vf_token is None else f"{name} vf_token={vf_token}"
         argument = bytearray(words.encode("ascii") + b"\0")
         call = "VFIO_GROUP_GET_DEVICE_FD"
-        fd = self._ioctl(call, uapi.VFIO_GROUP_GET_DEVICE_FD, argument, f"device {name}")
-        return DeviceFd._owning(fd, name)
+        return self._ioctl_fd(DeviceFd(None, name), call, uapi.VFIO_GROUP_GET_DEVICE_FD, argument, f"device {name}")

@@ -215,7 +215,8 @@ class HwptCalls(Fd):
         """IOMMU_FAULT_QUEUE_ALLOC (Linux 6.11): id of a new fault queue, and its fd."""
         layout = uapi.iommu_fault_alloc
         argument = layout.new(size=layout.size)
-        self._ioctl("IOMMU_FAULT_QUEUE_ALLOC", uapi.IOMMU_FAULT_QUEUE_ALLOC, argument)
+        owner, at = FaultFd(None, "fault queue"), layout.offset("out_fault_fd")
+        self._ioctl_fd(owner, "IOMMU_FAULT_QUEUE_ALLOC", uapi.IOMMU_FAULT_QUEUE_ALLOC, argument, at=at)
         object_id = layout.get(argument, "out_fault_id")
-        fd = layout.get(argument, "out_fault_fd")
-        return object_id, FaultFd._owning(fd, f"fault queue {object_id} of {self._label}")
+        owner._label = f"fault queue {object_id} of {self._label}"
+        return object_id, owner

@@ -90,10 +90,11 @@ class ViommuCalls(Fd):
         layout = uapi.iommu_veventq_alloc
         argument = layout.new(size=layout.size, viommu_id=viommu_id, type=kind, veventq_depth=depth)
         detail = f"vIOMMU {viommu_id}, type {kind}, depth {depth}"
-        self._ioctl("IOMMU_VEVENTQ_ALLOC", uapi.IOMMU_VEVENTQ_ALLOC, argument, detail)
+        owner, at = VeventFd(None, "event queue"), layout.offset("out_veventq_fd")
+        self._ioctl_fd(owner, "IOMMU_VEVENTQ_ALLOC", uapi.IOMMU_VEVENTQ_ALLOC, argument, detail, at=at)
         object_id = layout.get(argument, "out_veventq_id")
-        fd = layout.get(argument, "out_veventq_fd")
-        return object_id, VeventFd._owning(fd, f"event queue {object_id} of {self._label}")
+        owner._label = f"event queue {object_id} of {self._label}"
+        return object_id, owner
 
     def hw_queue_alloc(self, viommu_id: int, kind: int, index: int, iova: int, length: int) -> int:
         """IOMMU_HW_QUEUE_ALLOC: let the IOMMU work on a queue in memory; return its id.
