@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -127,6 +128,31 @@ def test_the_c_side_compiles_and_says_what_fails() -> None:
     function.restype = irq.ctypes.c_int64
     bell = irq._Bell(eventfd=-1, device=-1, polls=1)
     assert function(irq.ctypes.byref(bell), 1) == -9  # EBADF: VFIO_DEVICE_SET_IRQS on no fd
+
+
+def test_somebody_else_rings_after_the_waiter_fell_asleep() -> None:
+    from tools._bench import irq  # noqa: PLC0415
+
+    library = build("irq")
+    doorbell = irq.ctypes.c_uint32()
+    event, told = os.eventfd(1), os.eventfd(0)
+    bell = irq._Bell(ring=irq.ctypes.addressof(doorbell), ring_value=7, eventfd=event, polls=1)
+    ringer = irq._Ringer(bell=bell, told=told, delay=1_000_000)
+    assert library.bench_ringer_start(irq.ctypes.byref(ringer)) == 0
+    begin = time.perf_counter_ns()
+    os.eventfd_write(told, 1)
+    while not doorbell.value:
+        assert time.perf_counter_ns() - begin < 10e9
+    assert doorbell.value == 7
+    assert ringer.rung - begin >= ringer.delay  # the same clock
+    library.bench_ringer_stop(irq.ctypes.byref(ringer))
+    ringer.end = 0
+    # The eventfd was readable before anybody rang: the C side heard it, and would have said so.
+    assert irq._c_function("bench_irq_asleep", ringer)(1) != 0
+    with pytest.raises(OSError, match="the C loop failed"):
+        irq._c_function("bench_irq_asleep", irq._Ringer(told=-1))(1)
+    os.close(event)
+    os.close(told)
 
 
 def test_processes_are_merged() -> None:

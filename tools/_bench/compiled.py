@@ -30,6 +30,6 @@ def build(name: str) -> ctypes.CDLL:
         raise Unavailable(f"there is no C compiler {compiler!r} for what vfiopy is compared with; set CC")
     with tempfile.TemporaryDirectory(prefix="vfiopy-bench-") as folder:
         library = Path(folder, f"{name}.so")
-        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", f"-I{NATIVE}", "-o", str(library)]
-        subprocess.run([*compiler.split(), *flags, str(HERE / "c" / f"{name}.c")], check=True)
+        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread", f"-I{NATIVE}"]
+        subprocess.run([*compiler.split(), *flags, "-o", str(library), str(HERE / "c" / f"{name}.c")], check=True)
         return ctypes.CDLL(str(library))

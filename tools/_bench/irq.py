@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import os
 import select
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import vfiopy
+from vfiopy import uapi
 from vfiopy.backend import IrqIndex
 from vfiopy.kernel.device_io import KernelDeviceIo
 
@@ -28,7 +32,8 @@ TITLE = "interrupt round trip: from the doorbell to the wake-up"
 NOTES = (
     "Both sides ring the same doorbell and wait for the same eventfd; acknowledging the device is not timed, waking up "
     "is. C polls and reads, as the eventfd is non-blocking. Where the interrupt comes before the wait begins, nobody "
-    "sleeps: so it is with VFIO's own trigger, and with emulated devices that answer within the store. "
+    "sleeps: so it is with VFIO's own trigger, and with emulated devices that answer within the store. Asleep: a "
+    "thread of C on another CPU rings the doorbell, 2 ms after it was told to. "
     "Wall clock, interleaved, medians, ratios by round, 3 processes."
 )
 WAITING, ASYNCIO = 1.5, 2.5
@@ -40,6 +45,9 @@ GPIE_MULTIPLE_MSIX = 1 << 4
 # QEMU, docs/specs/edu.rst.
 FACTORIAL, STATUS, IRQ_RAISE, IRQ_ACKNOWLEDGE = 0x08, 0x20, 0x60, 0x64
 STATUS_IRQ = 0x80
+TRIGGER_NOW = uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+DELAY = 2_000_000
+"""Nanoseconds: long enough for anybody to fall asleep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,7 @@ class Bell:
         vector: what is signalled.
         ring: offset in BAR 0 and value of the doorbell; None for VFIO's own trigger.
         acknowledge: the same for what the device needs afterwards, or None.
+        wakes: measure it also with somebody else ringing and the waiter asleep.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Bell:
     vector: vfiopy.Vector
     ring: tuple[int, int] | None
     acknowledge: tuple[int, int] | None = None
+    wakes: bool = False
 
 
 class _Bell(ctypes.Structure):
@@ -77,33 +87,67 @@ class _Bell(ctypes.Structure):
     )
 
 
-def _c_loop(bell: Bell, address: int, *, polls: bool) -> Callable[[int], float]:
-    function = build("irq").bench_irq
-    function.restype = ctypes.c_int64
-    function.argtypes = (ctypes.POINTER(_Bell), ctypes.c_uint32)
-    fd = bell.vector.for_backend()
-    kind = IrqIndex.MSIX if bell.device.irqs.msix.enabled else IrqIndex.MSI
-    argument = _Bell(
+def _in_c(bell: Bell, address: int, *, polls: bool) -> _Bell:
+    return _Bell(
         ring=address + bell.ring[0] if bell.ring else None,
         ring_value=bell.ring[1] if bell.ring else 0,
         acknowledge=address + bell.acknowledge[0] if bell.acknowledge else None,
         acknowledge_value=bell.acknowledge[1] if bell.acknowledge else 0,
-        eventfd=fd,
-        device=cast("KernelDeviceIo", bell.device.io).fileno(),
-        index=kind,
+        eventfd=bell.vector.for_backend(),
+        device=_device_fd(bell),
+        index=_index(bell),
         vector=bell.vector.number,
         polls=polls,
     )
 
+
+def _device_fd(bell: Bell) -> int:
+    return cast("KernelDeviceIo", bell.device.io).fileno()
+
+
+def _index(bell: Bell) -> IrqIndex:
+    return IrqIndex.MSIX if bell.device.irqs.msix.enabled else IrqIndex.MSI
+
+
+def _c_function(name: str, argument: ctypes.Structure) -> Callable[[int], float]:
+    function = getattr(build("irq"), name)
+    function.restype = ctypes.c_int64
+    function.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+
     def run(count: int) -> float:
-        os.set_blocking(fd, not polls)
-        nanoseconds = function(argument, count)
-        os.set_blocking(fd, False)
+        nanoseconds = function(ctypes.byref(argument), count)
         if nanoseconds < 0:
             raise OSError(-nanoseconds, "the C loop failed")
         return float(nanoseconds)
 
     return run
+
+
+def _c_loop(bell: Bell, address: int, *, polls: bool) -> Callable[[int], float]:
+    fd = bell.vector.for_backend()
+    loop = _c_function("bench_irq", _in_c(bell, address, polls=polls))
+
+    def run(count: int) -> float:
+        os.set_blocking(fd, not polls)
+        try:
+            return loop(count)
+        finally:
+            os.set_blocking(fd, False)
+
+    return run
+
+
+class _Ringer(ctypes.Structure):
+    """``struct ringer`` of c/irq.c."""
+
+    _fields_ = (
+        ("bell", _Bell),
+        ("told", ctypes.c_int32),
+        ("delay", ctypes.c_uint32),
+        ("rung", ctypes.c_int64),
+        ("end", ctypes.c_int),
+        ("thread", ctypes.c_ulong),
+    )
 
 
 def _ways(bell: Bell) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -112,7 +156,9 @@ def _ways(bell: Bell) -> tuple[Callable[[], object], Callable[[], object]]:
 
     def nothing() -> None: ...
 
-    ring: Callable[[], object] = bell.vector.trigger
+    # What vector.trigger() does, without its checks: it is the wait that is measured.
+    set_irqs = bytearray(struct.pack("=IIIII", 20, TRIGGER_NOW, _index(bell), bell.vector.number, 1))
+    ring: Callable[[], object] = partial(fcntl.ioctl, _device_fd(bell), uapi.VFIO_DEVICE_SET_IRQS, set_irqs)
     acknowledge: Callable[[], object] = nothing
     if write is not None and bell.ring is not None:
         offset, value = bell.ring
@@ -138,6 +184,40 @@ def _waiting(bell: Bell, wait: Callable[[], object]) -> Callable[[int], float]:
         return total
 
     return run
+
+
+def _asleep(bell: Bell, ringer: _Ringer, wait: Callable[[], object]) -> Callable[[int], float]:
+    _, acknowledge = _ways(bell)
+    now, tell, told = time.perf_counter_ns, os.eventfd_write, ringer.told
+
+    def run(count: int) -> float:
+        total = 0
+        for _ in range(count):
+            tell(told, 1)
+            wait()
+            total += now() - ringer.rung
+            acknowledge()
+        return total
+
+    return run
+
+
+def _asleep_in_loop(
+    bell: Bell, ringer: _Ringer, runner: asyncio.Runner, wait: Callable[[], object]
+) -> Callable[[int], float]:
+    _, acknowledge = _ways(bell)
+    now, tell, told = time.perf_counter_ns, os.eventfd_write, ringer.told
+
+    async def scenario(count: int) -> float:
+        total = 0
+        for _ in range(count):
+            tell(told, 1)
+            await wait()  # type: ignore[misc]
+            total += now() - ringer.rung
+            acknowledge()
+        return total
+
+    return lambda count: runner.run(scenario(count))
 
 
 def _by_hand(fd: int) -> Callable[[], object]:
@@ -180,6 +260,42 @@ def _in_loop_by_hand(fd: int) -> Callable[[], object]:
     return wait
 
 
+@contextmanager
+def _ringing(bell: Bell, address: int) -> Iterator[_Ringer]:
+    library = build("irq")
+    told = os.eventfd(0, os.EFD_CLOEXEC)
+    ringer = _Ringer(bell=_in_c(bell, address, polls=True), told=told, delay=DELAY)
+    try:
+        if error := library.bench_ringer_start(ctypes.byref(ringer)):
+            raise OSError(-error, "no thread for the ringer")
+        try:
+            yield ringer
+        finally:
+            library.bench_ringer_stop(ctypes.byref(ringer))
+    finally:
+        os.close(told)
+
+
+def _rows_asleep(bell: Bell, rounds: int, seconds: float) -> list[Row]:
+    vector, fd = bell.vector, os.dup(bell.vector.for_backend())
+    with ExitStack() as stack:
+        stack.callback(os.close, fd)
+        runner = stack.enter_context(asyncio.Runner())
+        hold = bell.device.bars[0].hold(label="benchmark")
+        stack.callback(hold.release)
+        ringer = stack.enter_context(_ringing(bell, hold.address))
+        by_hand = _asleep_in_loop(bell, ringer, runner, _in_loop_by_hand(fd))
+        loops = [
+            Loop("C: poll(), read()", _c_function("bench_irq_asleep", ringer), baseline=True),
+            Loop("vector.wait()", _asleep(bell, ringer, vector.wait), goal=WAITING),
+            Loop("await vector.wait_async()", _asleep_in_loop(bell, ringer, runner, vector.wait_async), goal=ASYNCIO),
+            Loop("select.poll(), os.eventfd_read() by hand", _asleep(bell, ringer, _by_hand(fd))),
+            Loop("loop.add_reader(), asyncio.Event by hand", by_hand),
+        ]
+        # Most of a round is the ringer's delay, and that is not counted.
+        return compare_loops(f"{bell.name}, asleep", loops, rounds=rounds, seconds=seconds / 5)
+
+
 def _rows(bell: Bell, rounds: int, seconds: float) -> list[Row]:
     vector, fd = bell.vector, bell.vector.for_backend()
     with ExitStack() as stack:
@@ -213,7 +329,7 @@ def _igb(address: str) -> Iterator[list[Bell]]:
         bar.write32(EIAC, 1)  # the cause clears itself with the message: nothing is to be acknowledged
         bar.write32(EIMS, 1)
         yield [
-            Bell("82576 (igb), MSI-X, cause set by register", device, vector, (EICS, 1)),
+            Bell("82576 (igb), MSI-X, cause set by register", device, vector, (EICS, 1), wakes=True),
             Bell("82576 (igb), MSI-X, VFIO's own trigger", device, vector, None),
         ]
 
@@ -226,7 +342,7 @@ def _edu(address: str) -> Iterator[list[Bell]]:
         device.bars[0].write32(STATUS, STATUS_IRQ)
         acknowledge = (IRQ_ACKNOWLEDGE, 0xFFFF_FFFF)
         yield [
-            Bell("edu, MSI, raised by register", device, vector, (IRQ_RAISE, 2), acknowledge),
+            Bell("edu, MSI, raised by register", device, vector, (IRQ_RAISE, 2), acknowledge, wakes=True),
             Bell("edu, MSI, after work in a thread of QEMU's", device, vector, (FACTORIAL, 5), acknowledge),
         ]
 
@@ -264,4 +380,6 @@ def run(*, quick: bool) -> list[Row]:
             bells: list[Bell] = stack.enter_context(way(address))
             for bell in bells:
                 rows += _rows(bell, rounds, seconds)
+                if bell.wakes:
+                    rows += _rows_asleep(bell, rounds, seconds)
     return rows
