@@ -1,4 +1,4 @@
-/* Objects that come and go all the time are kept for the next one of their type: allocating takes longer than to init. */
+/* Objects that come and go all the time are kept for the next one of their type, which then need not be made. */
 #ifndef VFIOPY_EXT_SPARES_H
 #define VFIOPY_EXT_SPARES_H
 

@@ -69,6 +69,17 @@ struct vfiopy_free *vfiopy_free_holding(struct vfiopy_free_space *space, uint64_
 struct vfiopy_free *vfiopy_free_find(struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
                                      uint64_t *iova);
 
+/* What was given back last, if it is just right and so aligned. */
+static inline struct vfiopy_free *vfiopy_free_again(struct vfiopy_free_space *space, const struct vfiopy_wish *wish,
+                                                    uint64_t alignment)
+{
+    struct vfiopy_free *last = &space->last;
+    bool right = space->has_last && last->span == wish->span && last->zone == wish->zone && last->first &&
+                 !(last->first & (alignment - 1)) && last->where.last <= wish->limit;
+
+    return right ? last : NULL;
+}
+
 void vfiopy_free_take(struct vfiopy_free_space *space, struct vfiopy_free *from, uint64_t first, uint64_t last);
 void vfiopy_free_give(struct vfiopy_free_space *space, const struct vfiopy_cell *cell, uint64_t first, uint64_t last);
 

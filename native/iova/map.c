@@ -61,8 +61,15 @@ static struct vfiopy_free *choose(struct vfiopy_space *space, const struct vfiop
     uint64_t address = request->address ? request->address : request->fd_offset;
     struct vfiopy_wish wish = {.span = request->size - 1, .limit = request->limit, .zone = zone};
 
-    if (!vfiopy_takes_large_page(space, request->size))
+    if (!vfiopy_takes_large_page(space, request->size)) {
+        struct vfiopy_free *again = vfiopy_free_again(&space->free, &wish, alignment);
+
+        if (again) {
+            *iova = again->first;
+            return again;
+        }
         sizes = smallest;
+    }
     while (sizes != smallest) {
         uint64_t page = UINT64_C(1) << (63 - __builtin_clzll(sizes));
         uint64_t shared = page < alignment ? page : alignment;

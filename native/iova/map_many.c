@@ -100,16 +100,20 @@ static int commit_batch(struct vfiopy_space *space, const struct vfiopy_request 
 {
     struct vfiopy_mapping *failed = space->active ? vfiopy_mappers_map(space, list, failure) : NULL, *next;
     const int first = failed ? (int)failure->result : VFIOPY_OK;
+    struct vfiopy_failure second;
     bool reached = false;
     int result = first;
 
     for (; list; list = next, piece++) {
-        struct vfiopy_failure second = {0}; /* the first one is reported */
-        struct vfiopy_failure *mine = result && list != failed ? &second : failure;
+        struct vfiopy_failure *mine = failure;
         struct vfiopy_gone gone = {0};
         int outcome;
 
         next = list->next;
+        if (result && list != failed) { /* the first one is reported */
+            second = (struct vfiopy_failure){0};
+            mine = &second;
+        }
         reached = reached || list == failed;
         piece->iova = list->iova.first;
         piece->serial = list->serial;

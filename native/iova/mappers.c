@@ -3,20 +3,6 @@
 
 #include <errno.h>
 
-/* Keep the mappers of these slots from leaving. With the lock, as is vfiopy_mappers_leave(). */
-void vfiopy_mappers_enter(struct vfiopy_space *space, uint32_t slots)
-{
-    for (; slots; slots = vfiopy_without_lowest(slots))
-        vfiopy_lowest(space, slots)->calls++;
-}
-
-void vfiopy_mappers_leave(struct vfiopy_space *space, uint32_t slots)
-{
-    for (; slots; slots = vfiopy_without_lowest(slots))
-        vfiopy_lowest(space, slots)->calls--;
-    vfiopy_changed(space);
-}
-
 void vfiopy_set_mapped_in(struct vfiopy_mapping *mapping, uint32_t slots)
 {
     if (mapping->mapped_in != slots) /* who has called its mappers may be reading it */

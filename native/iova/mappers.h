@@ -18,8 +18,18 @@ static inline uint32_t vfiopy_without_lowest(uint32_t slots)
 }
 
 /* Keep the mappers of these slots from leaving, and let them. With the lock. */
-void vfiopy_mappers_enter(struct vfiopy_space *space, uint32_t slots);
-void vfiopy_mappers_leave(struct vfiopy_space *space, uint32_t slots);
+static inline void vfiopy_mappers_enter(struct vfiopy_space *space, uint32_t slots)
+{
+    for (; slots; slots = vfiopy_without_lowest(slots))
+        vfiopy_lowest(space, slots)->calls++;
+}
+
+static inline void vfiopy_mappers_leave(struct vfiopy_space *space, uint32_t slots)
+{
+    for (; slots; slots = vfiopy_without_lowest(slots))
+        vfiopy_lowest(space, slots)->calls--;
+    vfiopy_changed(space);
+}
 
 /* Say which mappers have the mapping now. With the lock. */
 void vfiopy_set_mapped_in(struct vfiopy_mapping *mapping, uint32_t slots);

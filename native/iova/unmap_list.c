@@ -68,13 +68,17 @@ int vfiopy_unmap_list(struct vfiopy_space *space, struct vfiopy_mapping *list, s
     return result;
 }
 
-/* Mark one for unmapping, if that is simple; with the lock. */
-static struct vfiopy_mapping *mark_idle(struct vfiopy_space *space, const struct vfiopy_handle *handle)
+/* Mark one for unmapping, if that is simple; with the lock. `before`: one that may be next to it, below, or NULL. */
+static struct vfiopy_mapping *mark_idle(struct vfiopy_space *space, const struct vfiopy_handle *handle,
+                                        const struct vfiopy_mapping *before)
 {
-    struct vfiopy_mapping *mapping = vfiopy_mapping_at(space, handle->iova);
+    struct vfiopy_mapping *mapping = before && before->iova.last == handle->iova - 1
+                                         ? vfiopy_mapping_after(before)
+                                         : vfiopy_mapping_at(space, handle->iova);
 
-    if (space->stepwise || !mapping || mapping->iova.first != handle->iova || mapping->state != VFIOPY_LIVE || mapping->busy ||
-        (mapping->pins && vfiopy_pins_of(mapping)) || (handle->serial && handle->serial != mapping->serial))
+    if (space->stepwise || !mapping || mapping->iova.first != handle->iova || mapping->state != VFIOPY_LIVE ||
+        mapping->busy || (mapping->pins && vfiopy_pins_of(mapping)) ||
+        (handle->serial && handle->serial != mapping->serial))
         return NULL;
     vfiopy_set_state(space, mapping, VFIOPY_UNMAPPING);
     mapping->busy = true;
@@ -91,7 +95,7 @@ int vfiopy_space_unmap_idle(struct vfiopy_space *space, const struct vfiopy_hand
     int result = VFIOPY_OK;
 
     vfiopy_lock(space);
-    mapping = mark_idle(space, handle);
+    mapping = mark_idle(space, handle, NULL);
     if (mapping) {
         vfiopy_enter_at_once(space, failure);
         result = vfiopy_unmap_list(space, mapping, &tally, &gone, failure);
@@ -113,13 +117,13 @@ int vfiopy_space_unmap_idle_many(struct vfiopy_space *space, const struct vfiopy
 
     vfiopy_lock(space);
     while (idle && !result && tally.mappings < count) {
-        struct vfiopy_mapping *list = NULL, **end = &list;
+        struct vfiopy_mapping *list = NULL, **end = &list, *before = NULL;
 
         for (size_t i = 0; idle && i < VFIOPY_BATCH && tally.mappings + i < count; i++) {
-            *end = mark_idle(space, &handles[tally.mappings + i]);
-            idle = *end != NULL;
+            *end = before = mark_idle(space, &handles[tally.mappings + i], before);
+            idle = before != NULL;
             if (idle)
-                end = &(*end)->next;
+                end = &before->next;
         }
         if (list) {
             vfiopy_enter_at_once(space, failure);
