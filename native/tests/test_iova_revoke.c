@@ -51,7 +51,7 @@ static void finish(struct vfiopy_space *space)
     void *memory;
 
     verify(space);
-    vfiopy_space_forget(space, &gone);
+    vfiopy_space_forget(space, &gone, &gone);
     while (vfiopy_gone_pop(&gone, &memory))
         ;
     vfiopy_space_destroy(space);
