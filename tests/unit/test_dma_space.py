@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import mmap
@@ -13,10 +14,10 @@ import pytest
 from iova_kernel import FakeKernel
 
 import vfiopy
-from vfiopy import AddressSpace, ClosedError, Prot
+from vfiopy import AddressSpace, ClosedError, HostMemory, PinnedError, Prot
 from vfiopy.backend import IovaRange, MapperTraits, Memory, MemoryKind
 from vfiopy.dma.memory import PAGE_SIZE
-from vfiopy.iova import MAPPER_TYPE1
+from vfiopy.iova import MAPPER_TYPE1, leaked_memory
 from vfiopy.lives import drain_finalizers
 
 
@@ -212,6 +213,47 @@ def test_closing_a_space_closes_its_devices_first() -> None:
         space.allocate(8)
     with pytest.raises(ClosedError):
         _ = device.bus_master
+
+
+def test_a_space_with_pins_is_closed_when_they_go_or_by_force() -> None:
+    space = AddressSpace("pinned")
+    buffer = space.allocate(4096)
+    buffer[:] = 0x5A
+    told: list[tuple[int, int]] = []
+    owner = space.book.add_owner("frame grabber", lambda iova, size: told.append((iova, size)))
+    space.book.pin(buffer.iova, 4096, Prot.RW, owner)
+    where = (buffer.iova, 4096)
+    with pytest.raises(PinnedError, match="frame grabber"):
+        space.close()
+    assert space
+    assert told == [where]
+    assert buffer.iova == where[0]
+    kept = len(leaked_memory())
+    with pytest.warns(ResourceWarning, match="'pinned': frame grabber left 1 pins"):
+        space.close(force=True)
+    assert not space
+    assert told == [where] * 2
+    with pytest.raises(ClosedError):
+        _ = buffer.iova
+    # A device may still write it: nobody else may get that memory.
+    (memory,) = leaked_memory()[kept:]
+    address = buffer.address
+    del buffer
+    gc.collect()
+    assert isinstance(memory, HostMemory)
+    assert memory.address == address
+    assert ctypes.string_at(address, 4096) == b"\x5a" * 4096
+
+    patient = AddressSpace("patient")
+    buffer = patient.allocate(4096)
+
+    def let_go(iova: int, size: int) -> None:
+        patient.book.unpin(iova, size, owner)
+
+    owner = patient.book.add_owner("reader", let_go)
+    patient.book.pin(buffer.iova, 4096, Prot.READ, owner)
+    patient.close()
+    assert not patient
 
 
 class SlowMapper:

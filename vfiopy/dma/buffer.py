@@ -138,6 +138,10 @@ class Allocation(Resource):
         if self.mapping:
             self.mapping.unmap()
 
+    def abandon(self) -> None:
+        """End without unmapping: its space was closed by force."""
+        self._open = False
+
 
 class DmaArray(np.ndarray[Any, Any]):
     """A numpy array in memory that a device can reach.

@@ -25,11 +25,12 @@ from vfiopy.dma.buffer import Allocation, DmaArray, allocate_pages
 from vfiopy.dma.mappers import MapperSet, Member
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of, round_to_pages
-from vfiopy.errors import BusyError, MemoryKindError, NotMappedError, StateError
+from vfiopy.errors import MemoryKindError, NotMappedError, StateError
 from vfiopy.iova import IovaMapping, IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from typing_extensions import Buffer
 
     from vfiopy.dma.imports import DmaBufMapping
@@ -65,6 +66,7 @@ class AddressSpace(Resource, SpaceBase):
         self.name = name
         self._mappers = MapperSet(self.book, self._label)
         self._allocations: WeakSet[Allocation] = WeakSet()
+        self._patience: tuple[float | None, bool] = (0.0, False)
         self._choose_road()
 
     def _choose_road(self) -> None:
@@ -379,10 +381,33 @@ class AddressSpace(Resource, SpaceBase):
         return [IovaRange(*bounds) for bounds in self.book.usable()]
 
     def stats(self) -> dict[str, Any]:
-        """Return counts and bytes: mapped, free, pinned, by kind."""
-        return dict(self.book.stats())
+        """Return counts and bytes: mapped, free, pinned, charged; see :meth:`vfiopy.iova.IovaSpace.stats`."""
+        return self.book.stats()
+
+    def text_map(self, width: int = 64) -> str:
+        """Draw the space as text: ranges, reserved windows, mappings by kind, pins."""
+        return self.book.text_map(width)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the same with matplotlib (extra ``plot``), into ``axes`` or a figure of its own."""
+        return self.book.plot(axes)
 
     # --- end -----------------------------------------------------------------------------------------------------
+
+    def close(self, *, timeout: float | None = 0.0, force: bool = False) -> None:
+        """Close the devices, which turns their bus mastering off; tell the owners of pins; unmap everything.
+
+        Args:
+            timeout: seconds to wait for pins to go after their owners were told, None for ever.
+            force: give up on pins that do not go. Each owner of such is named in a ResourceWarning, and the memory
+                is never freed (see :func:`vfiopy.iova.leaked_memory`).
+
+        Raises:
+            PinnedError: owners of pins, whom it names, did not let go, and it was not to be forced. The devices are
+                closed then; mappings and memory stay, and closing can be tried again.
+        """
+        self._patience = (timeout, force)
+        super().close()
 
     def _release(self) -> None:
         for member in self._mappers.members():
@@ -391,16 +416,13 @@ class AddressSpace(Resource, SpaceBase):
         # Devices are gone and with them their mappers; what is left in the book is bookkeeping and memory.
         if self._mappers:
             raise StateError(f"{self._label} still has mappers: {[mapper.name for mapper in self._mappers]}")
-        pinned = self.stats().get("pinned_bytes", 0)
-        if pinned:
-            raise BusyError(
-                f"{pinned} bytes are still pinned",
-                object=self._label,
-                hint="unpin them, or have their owners do it in their unmap callbacks",
-            )
-        self.book.unmap_all(0.0)
+        timeout, force = self._patience
+        leaks = self.book.close(timeout=timeout, force=force)
         for allocation in list(self._allocations):
-            allocation.close()  # nothing is left to unmap; it only learns that it is over
+            if leaks:
+                allocation.abandon()  # its pins may be among those: the memory stays
+            else:
+                allocation.close()  # nothing is left to unmap; it only learns that it is over
         self._direct = False
 
 
