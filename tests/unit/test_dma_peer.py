@@ -105,6 +105,30 @@ def test_the_exporter_cannot_be_closed_under_it(pair: Pair) -> None:
         imported.check()
 
 
+def test_an_array_over_the_bar(pair: Pair) -> None:
+    imported = pair.space.peer(pair.bar, offset=PAGE, size=PAGE, iova=0x40000)
+    array = imported.array("<u4")
+    assert isinstance(array, vfiopy.DmaArray)
+    assert (array.shape, array.iova, array[4:].iova) == ((PAGE // 4,), 0x40000, 0x40010)
+    array[4] = 0x11223344
+    assert pair.bar.read32(PAGE + 16) == 0x11223344
+    pair.edu.load(array[4:5].iova, 4)
+    pair.edu.store(array[8:9].iova, 4)
+    assert array[8] == 0x11223344
+    with pytest.raises(vfiopy.ClosedError, match="a copy"):
+        _ = (array + 1).iova
+    pair.exporter.reset()
+    with pytest.raises(RevokedError):
+        _ = array.iova
+    imported.remap()
+    assert array.iova == 0x40000
+    array.free()
+    assert not imported
+    with pytest.raises(vfiopy.ClosedError):
+        _ = array.iova
+    del array
+
+
 def test_dropped_handles_are_still_told(pair: Pair) -> None:
     pair.space.peer(pair.bar, size=PAGE, iova=0x40000)
     gc.collect()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -143,14 +143,29 @@ class Allocation(Resource):
         self._open = False
 
 
+class Reach(Protocol):
+    """How devices reach the memory of an array."""
+
+    iova: int
+    size: int
+    address: int
+    mapping: Mapping
+
+    def check_open(self) -> None:
+        """Raise unless they reach it now."""
+
+    def close(self) -> None:
+        """Take it away from them. Idempotent."""
+
+
 class DmaArray(np.ndarray[Any, Any]):
     """A numpy array in memory that a device can reach.
 
-    Made by ``device.dma.allocate()`` or ``space.allocate()``. Slices and views keep the right :attr:`iova`; copies and
-    results of arithmetic are ordinary memory and have none.
+    Made by ``device.dma.allocate()``, ``space.allocate()`` or, over another device's BAR, ``DmaBufMapping.array()``.
+    Slices and views keep the right :attr:`iova`; copies and results of arithmetic are ordinary memory and have none.
     """
 
-    _allocation: Allocation | None = None
+    _allocation: Reach | None = None
 
     @classmethod
     def over(cls, memory: HostMemory | FileMemory, shape: Any, dtype: DTypeLike, order: Any) -> Self:
@@ -161,8 +176,14 @@ class DmaArray(np.ndarray[Any, Any]):
 
     def adopt(self, mapping: Mapping) -> Allocation:
         """Take over the mapping of this array's memory; return what is to be closed."""
-        self._allocation = Allocation(mapping)
-        return self._allocation
+        allocation = Allocation(mapping)
+        self._allocation = allocation
+        return allocation
+
+    def reached_by(self, reach: Reach) -> Self:
+        """Say how devices reach this array's memory, which somebody else mapped for them."""
+        self._allocation = reach
+        return self
 
     def __array_finalize__(self, other: Any) -> None:
         """Hand the allocation on to views; whether this is one, the address tells (see :attr:`iova`)."""

@@ -13,7 +13,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from vfiopy.backend import Area, Copier, DeviceWindow, Mapper, Prot
+from vfiopy.dma.buffer import DmaArray
 from vfiopy.dma.imported import ImportedMemory, ImportState
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, OwnedFd
@@ -27,6 +31,7 @@ from vfiopy.errors import (
     NotSupportedError,
     RevokedError,
 )
+from vfiopy.mmio import numpy_view
 from vfiopy.signals import Cause
 
 if TYPE_CHECKING:
@@ -167,6 +172,25 @@ class DmaBufMapping:
         length = self.size - offset if size is None else size
         return self.space.book.pin(self.iova + offset, length, prot & self.prot, owner, peer=True, pfns=True)
 
+    def array(self, dtype: npt.DTypeLike = "u1") -> DmaArray:
+        """View the memory as an array that knows its ``.iova``, to be given to a driver like any DMA buffer.
+
+        The CPU's view goes through the exporter's device, whose BAR stays mapped until the array is gone. Touching it
+        while the device does not decode memory is a bus error; its ``.iova`` raises as :meth:`check` does.
+
+        Raises:
+            NotSupportedError: the dma-buf came from another process: this one has no mapping of the BAR.
+        """
+        self.check()
+        origin, window = self._memory.origin, cast("DeviceWindow", self.mapping.memory)
+        if not isinstance(origin, BarOrigin):
+            raise NotSupportedError(
+                "this process cannot map the BAR behind it", object=origin.signals.name, hint="use .iova alone"
+            )
+        element: np.dtype[Any] = np.dtype(dtype)
+        view = numpy_view(origin.region, window.offset, self.size // element.itemsize, element)
+        return view.view(DmaArray).reached_by(_PeerReach(self, int(view.__array_interface__["data"][0])))
+
     def on_revoked(self, callback: Callable[[DmaBufMapping], object]) -> None:
         """Have ``callback(mapping)`` called after the memory was taken back, with no lock held; it may unmap or remap.
 
@@ -257,6 +281,24 @@ class DmaBufMapping:
         state = self._memory.state.value if self.mapping else "unmapped"
         first = self.mapping.iova
         return f"<DmaBufMapping {first:#x}-{self.mapping.last:#x} of {self._memory.origin.signals.name} ({state})>"
+
+
+class _PeerReach:
+    """Implements :class:`vfiopy.dma.buffer.Reach`."""
+
+    def __init__(self, imported: DmaBufMapping, address: int) -> None:
+        self._imported = imported
+        self.mapping = imported.mapping
+        self.iova = self.mapping.iova
+        self.size = self.mapping.size
+        self.address = address
+
+    def check_open(self) -> None:
+        self._imported.check()
+
+    def close(self) -> None:
+        if self.mapping:
+            self.mapping.unmap()
 
 
 def _copier(source: ImportingSpace, target: ImportingSpace) -> Copier | None:

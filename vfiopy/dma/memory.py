@@ -6,6 +6,8 @@ page would hand the rest of that page, with whatever else lives there, to the de
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 from typing import TYPE_CHECKING, Any
@@ -60,9 +62,11 @@ def file_memory(fd: int, size: int, *, offset: int = 0, writable: bool = True, m
 
     Raises:
         AlignmentError: offset or size is not a whole number of pages, or the range ends beyond the file.
+        MemoryKindError: no memfd (or file of tmpfs or hugetlbfs): iommufd would take it, and refuse the next device.
     """
     _check_pages("file offset", offset)
     _check_pages("size", size)
+    _check_memfd(fd)
     end = os.fstat(fd).st_size
     if offset + size > end:
         raise AlignmentError(
@@ -83,6 +87,19 @@ def file_memory(fd: int, size: int, *, offset: int = 0, writable: bool = True, m
         _check_pages("address", address)
     owned = OwnedFd(fd)
     return FileMemory(owned.fd, offset, size, writable, address, (owned, mapped))
+
+
+def _check_memfd(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only memory that is a file has any (fcntl(2))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise MemoryKindError(
+            "it is not a memfd, nor a file of tmpfs or hugetlbfs",
+            object=f"fd {fd}",
+            hint="copy the data into a memfd; a dma-buf of a BAR goes in with space.import_dmabuf(DmaBuf.adopt(fd))",
+        ) from None
 
 
 def memory_of(thing: Memory | Buffer, prot: Prot) -> Memory:

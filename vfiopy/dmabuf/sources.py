@@ -122,7 +122,10 @@ def from_plane(device: DeviceFd, plane: int) -> tuple[DmaBufFd, MemoryOrigin, Gf
         device.query_gfx_plane(probe | uapi.VFIO_GFX_PLANE_TYPE_DMABUF, plane)
     except VfioError as error:
         raise _no_plane(device, plane) from error
-    geometry = device.query_gfx_plane(uapi.VFIO_GFX_PLANE_TYPE_DMABUF, plane)
+    try:
+        geometry = device.query_gfx_plane(uapi.VFIO_GFX_PLANE_TYPE_DMABUF, plane)
+    except VfioError:  # the mbochs sample makes the buffer, says ENOMEM, and finds it the next time
+        geometry = device.query_gfx_plane(uapi.VFIO_GFX_PLANE_TYPE_DMABUF, plane)
     if not geometry.drm_format:
         raise StateError(f"{device.label}: plane {plane} shows nothing now; its driver has to set a mode first")
     calls = device.get_gfx_dmabuf(geometry.target)
