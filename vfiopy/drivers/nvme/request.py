@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -13,10 +13,20 @@ from vfiopy.drivers.nvme.errors import NvmeError
 from vfiopy.drivers.nvme.status import Status
 from vfiopy.errors import VfiopyError
 
-if TYPE_CHECKING:
-    from vfiopy.drivers.nvme.queue import QueuePair
+__all__ = ["Carrier", "Request"]
 
-__all__ = ["Request"]
+
+class Carrier(Protocol):
+    """What carries a request to the controller and back: a queue pair."""
+
+    name: str
+    number: int
+
+    def wait(self, request: Request, timeout: float | None) -> None:
+        """Wait until the request is settled, or raise NvmeTimeoutError."""
+
+    async def wait_async(self, request: Request, timeout: float | None) -> None:
+        """The same in an event loop."""
 
 
 class Request:
@@ -39,7 +49,7 @@ class Request:
 
     __slots__ = ("_data", "_futures", "cid", "command", "done", "error", "queue", "result", "status")
 
-    def __init__(self, queue: QueuePair, command: Command, cid: int, data: NDArray[Any] | None) -> None:
+    def __init__(self, queue: Carrier, command: Command, cid: int, data: NDArray[Any] | None) -> None:
         self.queue = queue
         self._data = data
         self._futures: list[asyncio.Future[None]] = []

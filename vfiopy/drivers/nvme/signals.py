@@ -8,21 +8,32 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from vfiopy.device import Device, Interrupt, Vector
+from vfiopy.drivers.nvme.request import Request
+from vfiopy.drivers.nvme.rings import CompletionRing
 from vfiopy.errors import NotSupportedError, StateError, VfioTimeoutError
 
-if TYPE_CHECKING:
-    from vfiopy.drivers.nvme.queue import QueuePair
-    from vfiopy.drivers.nvme.request import Request
-
-__all__ = ["InterruptKind", "PollSignal", "Signal", "VectorSignal", "enable_signals"]
+__all__ = ["InterruptKind", "PollSignal", "Served", "Signal", "VectorSignal", "enable_signals"]
 
 InterruptKind = Literal["msix", "msi", "intx", "polling"]
 
 _EAGER_LOOKS = 64
 _LAZY_INTERVAL = 0.0005
+
+
+class Served(Protocol):
+    """Who is told: a queue pair."""
+
+    name: str
+
+    @property
+    def completions(self) -> CompletionRing:
+        """Where to look."""
+
+    def reap(self) -> int:
+        """Take what is in the completion queue."""
 
 
 class Signal(Protocol):
@@ -32,16 +43,16 @@ class Signal(Protocol):
     def vector(self) -> int | None:
         """The interrupt vector for Create I/O Completion Queue; None for no interrupt."""
 
-    def add(self, queue: QueuePair) -> None:
+    def add(self, queue: Served) -> None:
         """Speak for a queue."""
 
-    def remove(self, queue: QueuePair) -> None:
+    def remove(self, queue: Served) -> None:
         """Speak for it no longer."""
 
-    def wait(self, queue: QueuePair, timeout: float) -> None:
+    def wait(self, queue: Served, timeout: float) -> None:
         """Return when there may be a completion, or after ``timeout`` seconds."""
 
-    async def wait_async(self, request: Request, queue: QueuePair, timeout: float) -> None:
+    async def wait_async(self, request: Request, queue: Served, timeout: float) -> None:
         """Return when the request is settled, or after ``timeout`` seconds."""
 
 
@@ -50,17 +61,17 @@ class PollSignal:
 
     vector: int | None = None
 
-    def add(self, queue: QueuePair) -> None:
+    def add(self, queue: Served) -> None:
         """Nothing to remember."""
 
-    def remove(self, queue: QueuePair) -> None:
+    def remove(self, queue: Served) -> None:
         """Nothing to forget."""
 
-    def wait(self, queue: QueuePair, timeout: float) -> None:
+    def wait(self, queue: Served, timeout: float) -> None:
         """Spin on the phase tag."""
         queue.completions.poll(timeout)
 
-    async def wait_async(self, request: Request, queue: QueuePair, timeout: float) -> None:
+    async def wait_async(self, request: Request, queue: Served, timeout: float) -> None:
         """Look whenever the event loop has nothing else to do; after a while, every half millisecond."""
         deadline = time.monotonic() + timeout
         looks = 0
@@ -81,7 +92,7 @@ class VectorSignal:
     def __init__(self, vector: Vector, rearm: Callable[[], None] | None = None) -> None:
         self._vector = vector
         self._rearm = rearm
-        self._queues: list[QueuePair] = []
+        self._queues: list[Served] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting = 0
 
@@ -90,11 +101,11 @@ class VectorSignal:
         """The vector's number."""
         return self._vector.number
 
-    def add(self, queue: QueuePair) -> None:
+    def add(self, queue: Served) -> None:
         """Look at this queue, too, when the interrupt comes."""
         self._queues.append(queue)
 
-    def remove(self, queue: QueuePair) -> None:
+    def remove(self, queue: Served) -> None:
         """Look at it no longer."""
         if queue in self._queues:
             self._queues.remove(queue)
@@ -107,7 +118,7 @@ class VectorSignal:
             # After the doorbells were written: the controller has taken the line back, or has more to say.
             self._rearm()
 
-    def wait(self, queue: QueuePair, timeout: float) -> None:  # noqa: ARG002  the vector speaks for all its queues
+    def wait(self, queue: Served, timeout: float) -> None:  # noqa: ARG002  the vector speaks for all its queues
         """Sleep on the eventfd."""
         try:
             self._vector.wait(timeout)
@@ -115,7 +126,7 @@ class VectorSignal:
             return
         self.serve()
 
-    async def wait_async(self, request: Request, queue: QueuePair, timeout: float) -> None:
+    async def wait_async(self, request: Request, queue: Served, timeout: float) -> None:
         """Sleep in the event loop, which watches the eventfd for as long as anybody waits."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
