@@ -43,6 +43,7 @@ __all__ = [
     "Memory",
     "MemoryKind",
     "MemorySource",
+    "MigrationStream",
     "Placer",
     "Prot",
     "RegionFlag",
@@ -450,6 +451,20 @@ class FileRegions(Protocol):
 
         Raises NotSupportedError where there is none.
         """
+
+
+@runtime_checkable
+class MigrationStream(Protocol):
+    """A ``DeviceIo`` whose migration data come by calls, and not through an fd (VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE).
+
+    The states are moved by ``feature`` as everywhere.
+    """
+
+    def migration_read(self, size: int) -> bytes:
+        """Return the next bytes of the device's state; fewer than asked for where there are no more now."""
+
+    def migration_write(self, data: bytes) -> None:
+        """Take the next bytes of a device's state."""
 
 
 @runtime_checkable

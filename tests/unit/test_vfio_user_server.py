@@ -247,7 +247,34 @@ def test_features(client: RawClient) -> None:
     get = 1 << 16
     for number, flags, answer in ((1, get, "ENOTTY"), (4, get, "ENOTTY"), (1, 0, "EINVAL"), (1, 1 << 19, "EINVAL")):
         assert client.ask(Command.FEATURE, wire.FEATURE.pack(4096, number | flags)) == answer
-    assert client.ask(Command.MIG_DATA_READ, wire.MIGRATION_DATA.pack(4096, 16)) == "ENOTSUP"
+    assert client.ask(Command.MIG_DATA_READ, wire.MIGRATION_DATA.pack(4096, 16)) == "EINVAL"
+
+
+def test_migration_data() -> None:
+    with serving(Edu()) as server, raw_client(server) as client:
+
+        def read(argsz: int, size: int) -> object:
+            return client.ask(Command.MIG_DATA_READ, wire.MIGRATION_DATA.pack(argsz, size))
+
+        def write(size: int, data: bytes) -> object:
+            return client.ask(Command.MIG_DATA_WRITE, wire.MIGRATION_DATA.pack(8 + len(data), size) + data)
+
+        def move(state: int, argsz: int = 16) -> object:
+            payload = wire.FEATURE.pack(argsz, 2 | 1 << 17) + struct.pack("=Ii", state, -1)
+            return client.ask(Command.FEATURE, payload)
+
+        assert move(3) == wire.FEATURE.pack(16, 2 | 1 << 17) + struct.pack("=Ii", 3, -1)
+        assert read(15, 8) == "EINVAL"
+        assert read(1 << 30, (1 << 20) + 1) == "E2BIG"
+        assert read(16, 8) == wire.MIGRATION_DATA.pack(16, 8) + b"vfiopy01"
+        rest = read(1 << 20, 1 << 19)
+        assert isinstance(rest, bytes)
+        assert wire.MIGRATION_DATA.unpack(rest) == (len(rest), len(rest) - 8)
+        assert read(16, 8) == wire.MIGRATION_DATA.pack(8, 0)
+        assert isinstance(move(4), bytes)
+        assert write(9, b"12345678") == "EINVAL"
+        assert write(8, b"12345678") == b""
+        assert move(1) == "EINVAL"
 
 
 # --- interrupts ------------------------------------------------------------------------------------------------------

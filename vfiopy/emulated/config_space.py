@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from vfiopy.emulated.capabilities import CapabilityDeclaration, Msi, MsiX, PciExpress, PowerManagement
+from vfiopy.errors import VfioError
 
 __all__ = ["Bar", "ConfigSpace", "Identity"]
 
@@ -186,6 +188,33 @@ class ConfigSpace:
     def reset(self) -> None:
         """Go back to what power-on leaves."""
         self._data[:] = self._initial
+        self._decode()
+        self.on_change()
+
+    def check_same_function(self, data: bytes) -> None:
+        """Check that saved configuration space is of a function like this one.
+
+        Raises:
+            VfioError: (EINVAL) it is not: another size, identity, BAR or capability.
+        """
+        fixed = bytearray(~(one | two) & 0xFF for one, two in zip(self._writable, self._clearable, strict=True))
+        fixed[_STATUS] &= ~_STATUS_INTX
+        same = len(data) == self.size and all(
+            not (saved ^ ours) & bits for saved, ours, bits in zip(data, self._initial, fixed, strict=True)
+        )
+        if not same:
+            raise VfioError("the configuration space is another function's", errno=errno.EINVAL)
+
+    def load(self, data: bytes) -> None:
+        """Take over saved configuration space; whether messages are enabled stays, for that is the user's to say."""
+        controls = {
+            found[1] + kind.CONTROL: self.read(found[1] + kind.CONTROL, 2)
+            for kind in (Msi, MsiX)
+            if (found := self.find(kind)) is not None
+        }
+        self._data[:] = data
+        for offset, control in controls.items():
+            self._data[offset : offset + 2] = control
         self._decode()
         self.on_change()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from weakref import WeakSet
 
+from vfiopy import uapi
 from vfiopy.backend import (
     DeviceInfo,
     IrqAction,
@@ -23,6 +24,7 @@ from vfiopy.emulated.bar_memory import BarMemory
 from vfiopy.emulated.capabilities import MsiX
 from vfiopy.emulated.host import EmulatedHost, EmulatedMapper
 from vfiopy.emulated.irqs import IrqRequest, IrqTable
+from vfiopy.emulated.migration import Migration
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.emulated.virtual_config import VirtualConfig
 from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, StateError
@@ -36,6 +38,12 @@ __all__ = ["EmulatedDeviceIo"]
 _BAR_WINDOW_TOP = 0xFEBF_0000  # where firmware of a PC puts 32-bit BARs, downwards
 _WIDTHS = (8, 4, 2, 1)
 _ALIGNED = frozenset(_WIDTHS)
+_MIGRATION = (uapi.VFIO_DEVICE_FEATURE_MIGRATION, uapi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE)
+_LOGGING = (
+    uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
+    uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP,
+    uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
+)
 _users: WeakSet[EmulatedDeviceIo] = WeakSet()
 
 
@@ -66,7 +74,10 @@ class EmulatedDeviceIo(Resource):
         self._registers = {
             index: bar.size for index, bar in device.bars.items() if not bar.shared and index not in self._hidden
         }
-        device.plug(EmulatedHost(device, mapper, self._irqs))
+        host = EmulatedHost(device, mapper, self._irqs)
+        self._log = host.log
+        self._migration = Migration(device)
+        device.plug(host)
         try:
             self._power_up()
         except BaseException:
@@ -80,6 +91,7 @@ class EmulatedDeviceIo(Resource):
             device.config.enable(memory=True, bus_master=False, intx=True)
             self._config = VirtualConfig(device.config, self._irqs)
             device.config.on_change = _follow(device, self._irqs, self._windows)
+            device.config.on_function_reset = _reset(device, self._migration)
         _watch_forks()
         _users.add(self)
         self._open = self._usable = True
@@ -91,6 +103,7 @@ class EmulatedDeviceIo(Resource):
         with self.signals.taking(Cause.CLOSED):
             self._irqs.close()
             self.device.config.on_change = lambda: None
+            self.device.config.on_function_reset = self.device.function_reset
             self.device.unplug()
 
     def _leftover(self) -> Callable[[], None]:
@@ -329,21 +342,46 @@ class EmulatedDeviceIo(Resource):
                 hint="closing and opening an emulated device is a power cycle",
             )
         with self.signals.taking(Cause.RESET):
-            self.device.function_reset()
+            _reset(self.device, self._migration)()
 
-    def feature(self, number: int, operation: int, data: bytes) -> bytes:  # noqa: ARG002
-        """VFIO_DEVICE_FEATURE: there are none.
+    def feature(self, number: int, operation: int, data: bytes) -> bytes:
+        """VFIO_DEVICE_FEATURE: migration, where the device can save itself, and the log of what its DMA writes.
 
         Raises:
-            NotSupportedError: (ENOTTY) always.
+            NotSupportedError: (ENOTTY) the device does not have it.
+            VfioError: (EINVAL, EBUSY) what :class:`Migration` and :class:`DirtyLog` say.
         """
         self.check_open()
+        if number in _MIGRATION:
+            return self._migration.feature(number, operation, data)
+        if number in _LOGGING:
+            return self._log.feature(number, operation, data)
         raise NotSupportedError(
             f"the device does not have feature {number}",
             errno=errno.ENOTTY,
             object=self.name,
             call="VFIO_DEVICE_FEATURE",
         )
+
+    def migration_read(self, size: int) -> bytes:
+        """Return the next bytes of the device's state: see :class:`vfiopy.backend.MigrationStream`."""
+        self.check_open()
+        return self._migration.read(size)
+
+    def migration_write(self, data: bytes) -> None:
+        """Take the next bytes of a device's state: see :class:`vfiopy.backend.MigrationStream`."""
+        self.check_open()
+        self._migration.write(data)
+
+
+def _reset(device: PciDevice, migration: Migration) -> Callable[[], None]:
+    """Return what resets the function; it knows nothing of the DeviceIo, as :func:`_follow`."""
+
+    def reset() -> None:
+        device.function_reset()
+        migration.reset()
+
+    return reset
 
 
 @cache

@@ -21,6 +21,7 @@ The device's own memory is 4096 bytes at 0x40000, seen by its DMA engine only.
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 from vfiopy.emulated.capabilities import Msi
@@ -47,6 +48,7 @@ _RUN, _TO_RAM, _IRQ_AT_END = 1, 2, 4
 _FACTORIAL_IRQ, _DMA_IRQ = 0x001, 0x100
 _BUFFER, _BUFFER_SIZE = 0x4_0000, 4096
 _BAR_SIZE = 1 << 20
+_SAVED: Final = struct.Struct(f"=4I4Q{_BUFFER_SIZE}s")
 
 
 class Edu(PciDevice):
@@ -91,6 +93,26 @@ class Edu(PciDevice):
         self._irq_status = 0
         self._dma = {_DMA_SOURCE: 0, _DMA_DESTINATION: 0, _DMA_COUNT: 0, _DMA_COMMAND: 0}
         self._buffer = bytearray(_BUFFER_SIZE)
+
+    def save(self) -> bytes:
+        """Registers and memory; what is running shows in them."""
+        registers = (self._liveness, self._factorial, self._status, self._irq_status)
+        return _SAVED.pack(*registers, *self._dma.values(), bytes(self._buffer))
+
+    def load(self, data: bytes) -> None:
+        """Go on; a factorial or DMA that was running takes its time anew."""
+        if len(data) != _SAVED.size:
+            raise ValueError(f"an edu is saved in {_SAVED.size} bytes, not {len(data)}")
+        *registers, buffer = _SAVED.unpack(data)
+        self._liveness, self._factorial, self._status, self._irq_status = registers[:4]
+        self._dma = dict(zip(self._dma, registers[4:], strict=True))
+        self._buffer[:] = buffer
+        if self._status & _COMPUTING:
+            self.later(self._finish_factorial)
+        if self._dma[_DMA_COMMAND] & _RUN:
+            self.later(self._finish_dma)
+        if self._irq_status and not self.config.msi_enabled:
+            self.interrupt()
 
     def read(self, bar: int, offset: int, width: int) -> int:  # noqa: ARG002  there is one BAR
         """Read a register; what is not one reads as all ones."""

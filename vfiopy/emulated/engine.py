@@ -37,6 +37,8 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._paused = False
+        self._running = False
         self._now = 0.0  # manual mode has a clock of its own
 
     @property
@@ -57,7 +59,7 @@ class Engine:
                 self._thread = threading.Thread(target=self._loop, name=self.name, daemon=True)
                 self._thread.start()
             else:
-                self._wake.notify()
+                self._wake.notify_all()
 
     def step(self) -> bool:
         """Do the earliest piece of work now, whatever its time; return whether there was one.
@@ -68,7 +70,7 @@ class Engine:
         if not self.manual:
             raise StateError(f"{self.name} works by itself; make the device with manual=True to step it")
         with self._wake:
-            if not self._heap:
+            if not self._heap or self._paused:
                 return False
             due, _, work = heapq.heappop(self._heap)
             self._now = max(self._now, due)
@@ -82,13 +84,26 @@ class Engine:
             self._heap.clear()
             return count
 
+    def pause(self, timeout: float) -> bool:
+        """Begin no more work; return whether the piece that is running, if one is, ended within ``timeout`` seconds."""
+        with self._wake:
+            self._paused = True
+            return self._wake.wait_for(lambda: not self._running, timeout)
+
+    def resume(self) -> None:
+        """Go on; what became due meanwhile is done at once. Idempotent."""
+        with self._wake:
+            self._paused = False
+            self._wake.notify_all()
+
     def close(self) -> None:
         """Forget the work and end the thread, after the piece that is running. Idempotent; usable again afterwards."""
         with self._wake:
             self._heap.clear()
             self._stopping = True
+            self._paused = False
             thread, self._thread = self._thread, None
-            self._wake.notify()
+            self._wake.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -96,15 +111,22 @@ class Engine:
         while True:
             with self._wake:
                 work = self._next()
+                self._running = work is not None
             if work is None:
                 return
-            self._run(work)
+            try:
+                self._run(work)
+            finally:
+                with self._wake:
+                    self._running = False
+                    if self._paused:
+                        self._wake.notify_all()
             del work  # or it would live, with the device, through the next sleep
 
     def _next(self) -> Work | None:
         """Wait for the next piece of work; None at the end. The condition is held."""
         while not self._stopping and self._thread is threading.current_thread():
-            if not self._heap:
+            if not self._heap or self._paused:
                 self._wake.wait()
                 continue
             left = self._heap[0][0] - time.monotonic()

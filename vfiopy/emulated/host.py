@@ -16,6 +16,7 @@ from vfiopy.backend import (
     Prot,
     RemoteMemory,
 )
+from vfiopy.emulated.dirty_log import DirtyLog
 from vfiopy.emulated.irqs import IrqTable
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.emulated.records import Fault
@@ -98,6 +99,9 @@ class EmulatedHost:
     for it or is refused, so that no memory goes away under a copy.
 
     Threads: any.
+
+    Attributes:
+        log: which pages were written, once it is started.
     """
 
     def __init__(self, device: PciDevice, mapper: EmulatedMapper, irqs: IrqTable) -> None:
@@ -106,6 +110,7 @@ class EmulatedHost:
         self._book: IovaSpace | None = None
         self._owner = 0
         self._callbacks: list[Callable[[int, int], None]] = []
+        self.log = DirtyLog(f"emulated:{device.name}")
         mapper.on_book(self._use_book)
 
     def _use_book(self, book: IovaSpace | None) -> None:
@@ -154,7 +159,11 @@ class EmulatedHost:
                 except VfioError as error:
                     # Not mapped, not so, going away, a BAR that nobody mapped: to an IOMMU it is all the same.
                     raise self._fault(iova, size, prot, error.meaning) from error
-                yield views
+                try:
+                    yield views
+                finally:
+                    if Prot.WRITE in prot:  # whatever of it was written
+                        self.log.note(iova, size)
         except LostMemoryError as error:
             raise self._fault(iova, size, prot, error.meaning) from error
 

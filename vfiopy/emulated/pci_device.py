@@ -15,7 +15,7 @@ from vfiopy.emulated.capabilities import CapabilityDeclaration
 from vfiopy.emulated.config_space import Bar, ConfigSpace, Identity
 from vfiopy.emulated.engine import Engine, Work
 from vfiopy.emulated.records import DeviceError, Fault, Injections
-from vfiopy.errors import BusyError, NotMappedError, StateError
+from vfiopy.errors import BusyError, NotMappedError, NotSupportedError, StateError
 
 __all__ = ["PciDevice"]
 
@@ -90,6 +90,22 @@ class PciDevice:
 
     def reset(self) -> None:
         """Put the registers into the state that power-on leaves: called at each opening, and for a function reset."""
+
+    def save(self) -> bytes:
+        """Return what :meth:`load` needs to go on elsewhere: registers, and what work is pending.
+
+        A device that implements both can be migrated. Configuration space and shared BARs are saved for it. Called
+        under the lock, while no work runs.
+        """
+        raise NotSupportedError(f"{self.name} cannot save itself")
+
+    def load(self, data: bytes) -> None:
+        """Go on where :meth:`save` left off; hand pending work to :meth:`later` again.
+
+        Raises:
+            ValueError: the data are not this device's; raise it before anything is changed.
+        """
+        raise NotSupportedError(f"{self.name} cannot load {len(data)} bytes")
 
     # --- what a subclass uses ------------------------------------------------------------------------------------
 
@@ -208,6 +224,11 @@ class PciDevice:
                 self.write(bar, offset, width, value)
             finally:
                 self._busy_thread = 0
+
+    @property
+    def migratable(self) -> bool:
+        """It implements :meth:`save` and :meth:`load`."""
+        return type(self).save is not PciDevice.save and type(self).load is not PciDevice.load
 
     @property
     def has_function_reset(self) -> bool:

@@ -339,6 +339,26 @@ class VfioUserDeviceIo(Resource):
                 return bytes(memoryview(reply)[wire.FEATURE.size :])
             argsz = needed
 
+    def migration_read(self, size: int) -> bytes:
+        """Return the next bytes of the device's state: see :class:`vfiopy.backend.MigrationStream`."""
+        self.check_open()
+        fixed = wire.MIGRATION_DATA.size
+        asked = min(size, self.connection.peer.max_data_xfer_size - fixed, _MOST_READ)
+        reply = self._request(Command.MIG_DATA_READ, wire.MIGRATION_DATA.pack(fixed + asked, asked))
+        got = wire.MIGRATION_DATA.unpack(reply).size
+        if got > asked or len(reply) != fixed + got:
+            raise self._malformed(f"{len(reply)} bytes for {asked} of migration data")
+        return bytes(memoryview(reply)[fixed:])
+
+    def migration_write(self, data: bytes) -> None:
+        """Take the next bytes of a device's state: see :class:`vfiopy.backend.MigrationStream`."""
+        self.check_open()
+        most = min(_MOST_WRITE, self.connection.peer.max_data_xfer_size)
+        for start in range(0, len(data), most):
+            piece = bytes(data[start : start + most])
+            head = wire.MIGRATION_DATA.pack(wire.MIGRATION_DATA.size + len(piece), len(piece))
+            self._request(Command.MIG_DATA_WRITE, head, piece)
+
     def reconnect(self) -> None:
         """Connect again after the server died or was replaced: mappings and interrupts are set up anew.
 

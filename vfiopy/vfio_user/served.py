@@ -6,10 +6,11 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from vfiopy import uapi
-from vfiopy.backend import DeviceIo, FileRegions, IrqAction, IrqIndex, RegionFlag, RegionInfo
+from vfiopy.backend import DeviceIo, FileRegions, IrqAction, IrqIndex, MigrationStream, RegionFlag, RegionInfo
 from vfiopy.errors import AddressRangeError, NotSupportedError, VfioError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.region_info import encode_region_info
@@ -66,6 +67,9 @@ class ServedDevice:
             Command.RESET: self._reset,
             Command.FEATURE: self._feature,
         }
+        if isinstance(io, MigrationStream):
+            self.commands[Command.MIG_DATA_READ] = partial(self._migration_read, io)
+            self.commands[Command.MIG_DATA_WRITE] = partial(self._migration_write, io)
 
     def quiet(self) -> None:
         """Disable all interrupts: the client that wanted them is gone."""
@@ -191,12 +195,31 @@ class ServedDevice:
             raise wire.malformed(f"DEVICE_FEATURE with flags {record.flags:#x}")
         if number not in _FEATURES:
             raise NotSupportedError(f"feature {number} is not of vfio-user", errno=errno.ENOTTY)
-        answer = self.io.feature(number, operation, bytes(memoryview(payload)[wire.FEATURE.size :]))
-        if operation != uapi.VFIO_DEVICE_FEATURE_GET:
-            return (bytes(payload),), ()
+        data = bytes(memoryview(payload)[wire.FEATURE.size :])
+        answer = self.io.feature(number, operation, data)
+        if operation != uapi.VFIO_DEVICE_FEATURE_GET:  # the request again, with what the device chose otherwise
+            return (bytes(payload[: wire.FEATURE.size]), answer if len(answer) == len(data) else data), ()
         needed = wire.FEATURE.size + len(answer)
         head = wire.FEATURE.pack(needed, record.flags)
         return (head, answer) if needed <= record.argsz else (head,), ()
+
+
+    def _migration_read(self, stream: MigrationStream, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        record = wire.MIGRATION_DATA.unpack(payload)
+        fixed = wire.MIGRATION_DATA.size
+        _check_argsz(record.argsz, fixed + record.size)
+        if record.size > self._max_data:
+            raise wire.malformed(f"MIG_DATA_READ of {record.size} bytes; {self._max_data} at a time", errno.E2BIG)
+        data = stream.migration_read(record.size)
+        return (wire.MIGRATION_DATA.pack(fixed + len(data), len(data)), data), ()
+
+    def _migration_write(self, stream: MigrationStream, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        size = wire.MIGRATION_DATA.unpack(payload).size
+        data = bytes(memoryview(payload)[wire.MIGRATION_DATA.size :])
+        if len(data) != size:
+            raise wire.malformed(f"MIG_DATA_WRITE of {size} bytes brings {len(data)}")
+        stream.migration_write(data)
+        return _NOTHING
 
 
 def _check_argsz(argsz: int, least: int) -> None:
