@@ -53,7 +53,7 @@ int vfiopy_mapping_init(PyObject *module);
 
 static inline bool vfiopy_space_is_here(const struct vfiopy_space_base *space)
 {
-    return space->process == vfiopy_process();
+    return space->book && space->process == vfiopy_process();
 }
 
 /* What map() and its relatives do where the short way does not go. */

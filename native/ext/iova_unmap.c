@@ -50,13 +50,18 @@ int vfiopy_iova_tell(struct vfiopy_unmap *unmap)
     return result;
 }
 
-PyObject *vfiopy_iova_raise_pinned(PyObject *self, const char *operation, struct vfiopy_unmap *unmap)
+/* `holders` is stolen; NULL with an error set. */
+static PyObject *give_up_pinned(PyObject *self, const char *operation, struct vfiopy_unmap *unmap, PyObject *holders)
 {
     struct vfiopy_failure failure = {.result = VFIOPY_PINNED, .asked = unmap->range};
-    PyObject *holders = vfiopy_holders_list(self, unmap->range);
 
     vfiopy_unmap_give_up(vfiopy_space_of(self), unmap);
     return holders ? vfiopy_raise_failure(self, operation, &failure, holders) : NULL;
+}
+
+PyObject *vfiopy_iova_raise_pinned(PyObject *self, const char *operation, struct vfiopy_unmap *unmap)
+{
+    return give_up_pinned(self, operation, unmap, vfiopy_holders_list(self, unmap->range));
 }
 
 /* A callback or a signal handler may have forked: the unmap is the parent's then. */
@@ -98,8 +103,14 @@ int vfiopy_iova_get_ready(PyObject *self, const char *operation, struct vfiopy_u
                 deadline = now() + timeout;
             left = deadline - now();
             if (left <= 0) {
-                vfiopy_iova_raise_pinned(self, operation, unmap);
-                return -1;
+                PyObject *holders = vfiopy_holders_list(self, unmap->range);
+
+                if (!holders || PyList_Size(holders)) {
+                    give_up_pinned(self, operation, unmap, holders);
+                    return -1;
+                }
+                Py_DECREF(holders); /* they went since we looked: there is nobody to name, and nothing in the way */
+                break;
             }
             Py_BEGIN_ALLOW_THREADS
             vfiopy_unmap_wait(space, unmap, (uint64_t)(fmin(left, SLICE) * 1e9));

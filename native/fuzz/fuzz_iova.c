@@ -88,7 +88,8 @@ static void map(struct world *world)
         CHECK(failure.result == VFIOPY_OVERLAP || failure.result == VFIOPY_BUSY || failure.result == VFIOPY_OUTSIDE ||
               failure.result == VFIOPY_EXCLUDED || failure.result == VFIOPY_OVER_LIMIT ||
               failure.result == VFIOPY_NO_SPACE || failure.result == VFIOPY_BAD_ALIGNMENT ||
-              failure.result == VFIOPY_TOO_MANY || (world->failing && failure.result == VFIOPY_KERNEL));
+              failure.result == VFIOPY_TOO_MANY || (world->failing && failure.result == VFIOPY_KERNEL) ||
+              (!request.address && failure.result == VFIOPY_BAD_KIND)); /* type1 */
         CHECK(failure.result != VFIOPY_OVERLAP || !free_before);
         if (failure.kept)
             look_again(world);

@@ -39,6 +39,10 @@ int vfiopy_map_in(const struct vfiopy_mapper *mapper, const struct vfiopy_mappin
     }
     if (mapping->address_lost)
         return vfiopy_fail_at(failure, VFIOPY_NO_ADDRESS, mapping);
+    if (mapper->kind == VFIOPY_MAPPER_TYPE1 && !mapping->address_known) {
+        failure->mapper = mapper->token;
+        return vfiopy_fail_at(failure, VFIOPY_BAD_KIND, mapping); /* type1 knows memory by its address only */
+    }
     if (mapping->taken_over)
         return vfiopy_set_address_in(mapper, mapping, failure);
     failure->error = mapper->ops->map(mapper, mapping, &failure->call);

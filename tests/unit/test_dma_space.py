@@ -15,6 +15,7 @@ from iova_kernel import FakeKernel
 
 import vfiopy
 from vfiopy import AddressSpace, ClosedError, HostMemory, PinnedError, Prot
+from vfiopy._native import SpaceBase
 from vfiopy.backend import IovaRange, MapperTraits, Memory, MemoryKind
 from vfiopy.dma.memory import PAGE_SIZE
 from vfiopy.iova import MAPPER_TYPE1, leaked_memory
@@ -167,6 +168,37 @@ def test_bounce_copies(device: vfiopy.Device) -> None:
     with device.dma.bounce(b"hello") as buffer:
         assert bytes(buffer) == b"hello"
         assert buffer.mapping.prot == Prot.READ
+
+
+def test_nothing_cannot_be_bounced(device: vfiopy.Device) -> None:
+    before = len(device.space.mappings())
+    with pytest.raises(vfiopy.AlignmentError, match="no bytes to copy: a DMA buffer has at least one"):
+        device.dma.bounce(b"")
+    assert len(device.space.mappings()) == before
+
+
+def test_freeing_waits_for_dma_under_way(device: vfiopy.Device) -> None:
+    book = device.space.book
+    buffer = device.dma.allocate(4096)
+    owner = book.add_owner("a device's DMA")
+    book.pin(buffer.iova, 16, Prot.WRITE, owner)
+    with pytest.raises(vfiopy.PinnedError, match="a device's DMA"):
+        buffer.free(timeout=0.0)
+    assert buffer.iova in book  # as it was
+    threading.Timer(0.05, book.unpin, [buffer.iova, 16, owner]).start()
+    buffer.free()
+    with pytest.raises(vfiopy.ClosedError):
+        _ = buffer.iova
+    book.remove_owner(owner)
+
+
+def test_a_space_without_a_book_refuses() -> None:
+    bare = SpaceBase.__new__(SpaceBase)
+    bare._direct = True
+    with pytest.raises(AttributeError, match="_map_slowly"), mmap.mmap(-1, PAGE_SIZE) as memory:
+        bare.map(memory)
+    with pytest.raises(AttributeError, match="_map_many_slowly"), mmap.mmap(-1, PAGE_SIZE) as memory:
+        bare.map_many([memory])
 
 
 def test_allocate_says_why_not(device: vfiopy.Device) -> None:

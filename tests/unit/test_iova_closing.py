@@ -73,6 +73,16 @@ def test_raise_pinned_after_ready_changes_nothing(space: IovaSpace) -> None:
     assert space.unmap(0x10000) == 4 * PAGE
 
 
+def test_a_pin_that_goes_before_its_owner_is_named(space: IovaSpace) -> None:
+    space.pin(0x10000, PAGE, 1)
+    closing = space.closing(0x10000, 0x13FFF)
+    assert not closing.ready()
+    space.unpin(0x10000, PAGE)
+    with pytest.raises(errors.PinnedError, match="the last pin has just gone; try again"):
+        closing.raise_pinned()
+    assert space.unmap(0x10000) == 4 * PAGE
+
+
 class SlowKernel(FakeKernel):
     """Unmaps only once it is let."""
 

@@ -57,7 +57,7 @@ def test_file_memory_goes_by_descriptor_under_iommufd(space: IovaSpace, kernel: 
     iova = space.map(None, HERE, PAGE, 3, kind=KIND_FILE, fd=7, fd_offset=3 * PAGE)
     assert kernel.tables[10][iova].source == HERE
     assert kernel.tables[11][iova].source == 3 * PAGE
-    space.map(None, 0, PAGE, 3, kind=KIND_MMIO, fd=8, fd_offset=PAGE, iova=0x80000)
+    space.map(None, HERE, PAGE, 3, kind=KIND_MMIO, fd=8, fd_offset=PAGE, iova=0x80000)
     assert kernel.tables[11][0x80000].source == PAGE
 
 
@@ -221,6 +221,21 @@ def test_calls_of_different_mappings_run_at_the_same_time(kernel: FakeKernel) ->
     for thread in threads:
         thread.join()
     assert len(space) == 2
+
+
+@pytest.mark.parametrize("kind", [KIND_FILE, KIND_MMIO])
+def test_type1_is_not_asked_for_memory_that_has_no_address(kernel: FakeKernel, kind: int) -> None:
+    """It would map whatever is at address 0, or say EFAULT."""
+    book = IovaSpace("test")
+    book.map(None, 0, PAGE, 3, kind=kind, fd=7, iova=0x20000)
+    token = book.add_kernel_mapper(MAPPER_TYPE1, 10, ioctl=kernel.address)
+    with pytest.raises(errors.MemoryKindError, match=r"type1 none that this process has not mapped"):
+        book.map(None, 0, PAGE, 3, kind=kind, fd=7, iova=0x10000)
+    with pytest.raises(errors.MemoryKindError):
+        book.replay(token)
+    assert kernel.tables.get(10, {}) == {}
+    assert [it.iova for it in book.mappings()] == [0x20000]
+    book.verify()
 
 
 def test_a_book_that_is_dropped_keeps_what_devices_can_reach(kernel: FakeKernel) -> None:

@@ -26,6 +26,8 @@ __all__ = ["HUGE_1G", "HUGE_2M", "DmaArray", "allocate_pages"]
 
 HUGE_2M = 2 << 20
 HUGE_1G = 1 << 30
+FREE_TIMEOUT = 1.0
+"""Seconds that a buffer waits for DMA of emulated devices that is under way when it is freed."""
 
 
 def allocate_pages(size: int, *, page_size: int = PAGE_SIZE, numa_node: int | None = None) -> HostMemory:
@@ -124,6 +126,7 @@ class Allocation(Resource):
         self.size = mapping.size
         self.address = mapping.address
         self.mapping = mapping
+        self.timeout = FREE_TIMEOUT
 
     def __bool__(self) -> bool:
         # Closing the space, or unmapping by IOVA, may have taken it away before.
@@ -136,7 +139,7 @@ class Allocation(Resource):
 
     def _release(self) -> None:
         if self.mapping:
-            self.mapping.unmap()
+            self.mapping.unmap(timeout=self.timeout)
 
     def abandon(self) -> None:
         """End without unmapping: its space was closed by force."""
@@ -144,12 +147,17 @@ class Allocation(Resource):
 
 
 class Reach(Protocol):
-    """How devices reach the memory of an array."""
+    """How devices reach the memory of an array.
+
+    Attributes:
+        timeout: seconds that :meth:`close` waits for pins.
+    """
 
     iova: int
     size: int
     address: int
     mapping: Mapping
+    timeout: float
 
     def check_open(self) -> None:
         """Raise unless they reach it now."""
@@ -218,13 +226,20 @@ class DmaArray(np.ndarray[Any, Any]):
             raise ClosedError("this array is a copy in ordinary memory and has no mapping")
         return self._allocation.mapping
 
-    def free(self) -> None:
+    def free(self, *, timeout: float = FREE_TIMEOUT) -> None:
         """Take the memory away from the device; the array stays readable and writable. Idempotent.
 
+        An emulated device pins what its DMA is at, and only that. Real hardware has no pins: its DMA to memory that was
+        freed too early is refused by the IOMMU, and is lost. Here it is waited for instead.
+
+        Args:
+            timeout: seconds to wait for pins to go, after their owners were told.
+
         Raises:
-            PinnedError: a device still holds pins in it.
+            PinnedError: pins are left; the buffer is as it was.
         """
         if self._allocation is not None:
+            self._allocation.timeout = timeout
             self._allocation.close()
 
     def __enter__(self) -> Self:

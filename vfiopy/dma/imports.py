@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vfiopy.backend import Area, Copier, DeviceWindow, Mapper, Prot
-from vfiopy.dma.buffer import DmaArray
+from vfiopy.dma.buffer import FREE_TIMEOUT, DmaArray
 from vfiopy.dma.imported import ImportedMemory, ImportState
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, OwnedFd
@@ -292,13 +292,14 @@ class _PeerReach:
         self.iova = self.mapping.iova
         self.size = self.mapping.size
         self.address = address
+        self.timeout = FREE_TIMEOUT
 
     def check_open(self) -> None:
         self._imported.check()
 
     def close(self) -> None:
         if self.mapping:
-            self.mapping.unmap()
+            self.mapping.unmap(timeout=self.timeout)
 
 
 def _copier(source: ImportingSpace, target: ImportingSpace) -> Copier | None:

@@ -25,7 +25,7 @@ from vfiopy.dma.buffer import Allocation, DmaArray, allocate_pages
 from vfiopy.dma.mappers import MapperSet, Member
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of, round_to_pages
-from vfiopy.errors import MemoryKindError, NotMappedError, StateError
+from vfiopy.errors import AlignmentError, MemoryKindError, NotMappedError, StateError
 from vfiopy.iova import IovaMapping, IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
 
@@ -247,10 +247,17 @@ class AddressSpace(Resource, SpaceBase):
         """Copy ``data`` (any buffer, also ``bytes``) into a new DMA buffer of as many bytes.
 
         The explicit way for memory that cannot be mapped itself; with ``with`` it is unmapped at the end.
+
+        Raises:
+            AlignmentError: there are no bytes.
         """
         view = memoryview(data).cast("B")
-        buffer = self.allocate(max(view.nbytes, 1), prot=prot, limit=limit)
-        buffer[: view.nbytes] = memoryview(view)
+        if not view.nbytes:
+            raise AlignmentError(
+                "no bytes to copy: a DMA buffer has at least one", object="bounce()", hint="skip transfers of 0 bytes"
+            )
+        buffer = self.allocate(view.nbytes, prot=prot, limit=limit)
+        buffer[:] = view
         return buffer
 
     # --- memory of other devices ---------------------------------------------------------------------------------

@@ -123,8 +123,9 @@ def _bad_kind(it: _Failure) -> Exception:
     if it.mapper:
         return it.error(
             MemoryKindError,
-            "the kernel cannot map remote memory",
-            "use a space whose devices are all emulated or behind vfio-user",
+            "the kernel cannot map remote memory, and type1 none that this process has not mapped itself",
+            "map the file or BAR here and pass its address, open the device through iommufd, or use a space whose "
+            "devices are all emulated or behind vfio-user",
         )
     return it.error(MemoryKindError, f"{it.operation}: unknown kind of memory")
 
@@ -225,6 +226,8 @@ def _pinned(it: _Failure) -> Exception:
     owners = ", ".join(
         f"{name} ({pins} in {iova:#x}-{iova + size - 1:#x})" for name, _owner, pins, iova, size in it.holders[:8]
     )
+    if not it.holders:
+        owners = "nobody is left to be named, so the last pin has just gone; try again"
     if len(it.holders) > 8:
         owners += f" and {len(it.holders) - 8} more"
     return it.error(
