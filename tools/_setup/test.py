@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tools._lab.kernel import cached_kernel
 from tools._lab.machines import DEFAULT, MACHINES, Machine
+from tools._lab.process import signals_unwind
 
+from .beside import Beside
 from .environment import PYTHON, ensure_build, ensure_environment
 from .free_threaded import VARIABLE, ensure_free_threaded, find_free_threaded
 from .packages import BUILD, CROSS, KERNEL, NATIVE, ensure_packages
@@ -49,13 +51,14 @@ parts, in this order (default: all of them):
 class Run:
     """One invocation."""
 
-    def __init__(self, *, nightly: bool) -> None:
-        """``nightly`` chooses the long profile."""
+    def __init__(self, *, nightly: bool, guests: bool) -> None:
+        """``nightly`` chooses the long profile; ``guests``: their tests are wanted."""
         self.results = Results()
         self.nightly = nightly
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self._kernel: subprocess.Popen[bytes] | None = None
-        self._kernel_log = RESULTS / "kernel.log"
+        self._kernel: Beside | None = None
+        self._guests = [one for one in MACHINES.values() if guests and (nightly or not one.nightly)]
+        self._first_guest: Beside | None = None
 
     def _command(self, *words: str | Path, **environment: str) -> int:
         """Run a command, its output going where ours goes."""
@@ -65,6 +68,7 @@ class Run:
         ).returncode
 
     def _check(self, name: str, *words: str | Path) -> bool:
+        self.start_guest()
         started = time.monotonic()
         say(f"{name}: {' '.join(str(word) for word in words)}")
         status = self._command(*words)
@@ -74,42 +78,33 @@ class Run:
 
     def start_kernel(self) -> None:
         """Build kernel and fetch QEMU beside the other parts, unless they are there."""
-        self._kernel_log.parent.mkdir(parents=True, exist_ok=True)
-        say(f"preparing the lab in the background, log: {self._kernel_log.relative_to(TREE)}")
-        with self._kernel_log.open("wb") as log:
-            self._kernel = subprocess.Popen(
-                [sys.executable, str(LAB), "prepare"],
-                cwd=TREE,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        log = RESULTS / "kernel.log"
+        say(f"preparing the lab in the background, log: {log.relative_to(TREE)}")
+        self._kernel = Beside([sys.executable, LAB, "prepare"], log)
 
     def wait_for_kernel(self) -> None:
         """Wait for it, showing how far it is.
 
         Raises :class:`SetupError` if it failed.
         """
-        if self._kernel is None:
-            return
-        shown = 0
-        while True:
-            ended = self._kernel.poll() is not None
-            text = self._kernel_log.read_text(errors="replace")
-            if len(text) > shown:
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-            if ended:
-                break
-            time.sleep(1.0)
-        if self._kernel.returncode:
+        if self._kernel is not None and self._kernel.follow():
             raise SetupError("the lab could not be prepared (see above)")
+        self._kernel = None
+
+    def start_guest(self) -> None:
+        """Boot the first machine beside the other parts once the kernel is there: one core is enough for it."""
+        if self._guests and self._first_guest is None and self._kernel is not None and self._kernel.succeeded:
+            machine = self._guests[0]
+            log = RESULTS / f"guest-{machine.name}.log"
+            say(f"guest {machine.name} tests in the background, log: {log.relative_to(TREE)}")
+            command, environment = self._guest_job(machine)
+            self._first_guest = Beside(command, log, {**self._environment, **environment})
 
     def stop(self) -> None:
         """End what still runs in the background."""
-        if self._kernel is not None and self._kernel.poll() is None:
-            self._kernel.terminate()
-            self._kernel.wait()
+        for background in (self._first_guest, self._kernel):
+            if background is not None:
+                background.stop()
 
     def lint(self) -> None:
         """Style and types."""
@@ -138,19 +133,22 @@ class Run:
             if sources:
                 self._check("compiles for arm64", "aarch64-linux-gnu-gcc", *flags, *sources)
 
-    def _pytest(self, name: str, *words: str | Path, long: bool = True) -> None:
-        """Run one suite; nightly with the long profile, unless not ``long``."""
-        junit = RESULTS / f"{name.replace(' ', '-')}.xml"
-        junit.parent.mkdir(parents=True, exist_ok=True)
-        junit.unlink(missing_ok=True)
+    def _pytest(self, name: str, *words: str | Path) -> None:
+        """Run one suite."""
+        self.start_guest()
         say(f"{name} tests")
         started = time.monotonic()
-        if self.nightly and long:
-            patience = ("-o", f"timeout={SLOW_TEST_SECONDS}")
-            status = self._command(*words, f"--junit-xml={junit}", *patience, VFIOPY_PROFILE="nightly")
-        else:
-            status = self._command(*words, f"--junit-xml={junit}", "-m", "not nightly")
-        self.results.suite(name, junit, status, time.monotonic() - started)
+        status = self._command(*words, *self._profile(name, long=self.nightly), **_environment(long=self.nightly))
+        self.results.suite(name, _junit(name), status, time.monotonic() - started)
+
+    @staticmethod
+    def _profile(name: str, *, long: bool) -> list[str]:
+        """Pytest's arguments for the normal profile or the long one."""
+        junit = _junit(name)
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        junit.unlink(missing_ok=True)
+        which = ["-o", f"timeout={SLOW_TEST_SECONDS}"] if long else ["-m", "not nightly"]
+        return [f"--junit-xml={junit}", *which]
 
     def unit(self) -> None:
         """Tests that need nothing."""
@@ -179,20 +177,44 @@ class Run:
 
     def guest(self) -> None:
         """Tests with a real QEMU, and on a real kernel, machine by machine."""
+        self._pytest("qemu", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/qemu")
         self.wait_for_kernel()
-        self._pytest("qemu", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/qemu", long=False)
-        for machine in MACHINES.values():
-            if self.nightly or not machine.nightly:
-                self._guest(machine)
+        first, self._first_guest = self._first_guest, None
+        if first is not None:
+            machine = self._guests.pop(0)
+            say(f"guest {machine.name} tests, in the background until now")
+            status = first.follow()
+            name = f"guest {machine.name}"
+            self.results.suite(name, _junit(name), status, first.seconds)
+        for machine in self._guests:
+            say(f"guest {machine.name} tests")
+            started = time.monotonic()
+            command, environment = self._guest_job(machine)
+            status = self._command(*command, **environment)
+            name = f"guest {machine.name}"
+            self.results.suite(name, _junit(name), status, time.monotonic() - started)
 
-    def _guest(self, machine: Machine) -> None:
+    def _guest_job(self, machine: Machine) -> tuple[list[str | Path], dict[str, str]]:
+        """The command that tests in one machine, and what the environment says to it."""
+        # the long profile once is enough; the other kernels are slow, or there for what they lack
+        long = self.nightly and machine is DEFAULT
         command: list[str | Path] = [sys.executable, LAB, "pytest", "--machine", machine.name, "-q"]
+        command += self._profile(f"guest {machine.name}", long=long)
         if machine.slowness > 1:
             command += ["-o", f"timeout={SLOW_TEST_SECONDS}"]
         if self.nightly:
             command.append(f"--time-limit={NIGHTLY_SECONDS}")
-        # the long profile once is enough; the other kernels are slow, or there for what they lack
-        self._pytest(f"guest {machine.name}", *command, long=machine is DEFAULT)
+        return command, _environment(long=long)
+
+
+def _junit(suite: str) -> Path:
+    """Where a suite's results go."""
+    return RESULTS / f"{suite.replace(' ', '-')}.xml"
+
+
+def _environment(*, long: bool) -> dict[str, str]:
+    """What says to a suite how long it should be."""
+    return {"VFIOPY_PROFILE": "nightly"} if long else {}
 
 
 def _prepare(parts: Sequence[str], run: Run) -> None:
@@ -229,12 +251,13 @@ def main() -> int:
         parts = [part for part in parts if part not in ("uapi", "guest")]
 
     started = time.monotonic()
-    run = Run(nightly=nightly)
+    run = Run(nightly=nightly, guests="guest" in parts)
     try:
-        _prepare(parts, run)
-        for part in parts:
-            method: Callable[[], None] = getattr(run, part.replace("-", "_"))
-            method()
+        with signals_unwind():
+            _prepare(parts, run)
+            for part in parts:
+                method: Callable[[], None] = getattr(run, part.replace("-", "_"))
+                method()
     except SetupError as error:
         print(f"tools/test: {error}", file=sys.stderr)
         run.results.check("set-up", ok=False, seconds=time.monotonic() - started)
