@@ -12,7 +12,7 @@ from vfiopy.kernel.ioctl._call import os_calls, restarted
 from vfiopy.layout import Layout
 from vfiopy.lives import Resource
 
-__all__ = ["Fd"]
+__all__ = ["Fd", "OwnershipFd"]
 
 _GROWTH_LIMIT = 1 << 20  # bytes; no info structure is anywhere near, so a kernel that asks for more is broken
 _Owner = TypeVar("_Owner", bound="Fd")
@@ -176,3 +176,7 @@ class Fd(Resource):
             if needed > _GROWTH_LIMIT:
                 raise from_errno(errno.EMSGSIZE, call=call, object=self._label, detail=f"{needed} bytes")
             room = needed - layout.size
+
+
+class OwnershipFd(Fd):
+    """An fd that proves to a hot reset that a whole group is ours: a group's, and no other."""

@@ -20,7 +20,7 @@ from vfiopy.kernel.ioctl.dmabuf import DmaBufFd
 from vfiopy.kernel.ioctl.feature import FeatureCalls
 
 if TYPE_CHECKING:
-    from vfiopy.kernel.ioctl.group import GroupFd
+    from vfiopy.kernel.ioctl._fd import OwnershipFd
     from vfiopy.kernel.ioctl.iommufd import IommufdFd
 
 __all__ = ["DependentDevice", "DeviceFd", "GfxPlane", "HotResetInfo"]
@@ -245,7 +245,7 @@ class DeviceFd(FeatureCalls):
         """The functions that a hot reset takes along, by PCI address."""
         return [one.address for one in self.get_pci_hot_reset_info().devices]
 
-    def pci_hot_reset(self, groups: Sequence[GroupFd] = ()) -> None:
+    def pci_hot_reset(self, groups: Sequence[OwnershipFd] = ()) -> None:
         """VFIO_DEVICE_PCI_HOT_RESET: reset the slot or bus.
 
         Args:

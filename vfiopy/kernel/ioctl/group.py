@@ -6,7 +6,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from vfiopy import uapi
-from vfiopy.kernel.ioctl._fd import Fd
+from vfiopy.kernel.ioctl._fd import OwnershipFd
 from vfiopy.kernel.ioctl.container import CompatContainerFd, ContainerFd
 from vfiopy.kernel.ioctl.device import DeviceFd
 
@@ -20,7 +20,7 @@ class GroupStatus(NamedTuple):
     container_set: bool
 
 
-class GroupFd(Fd):
+class GroupFd(OwnershipFd):
     """An IOMMU group. One process at a time can have it open."""
 
     kind = "VFIO group"
