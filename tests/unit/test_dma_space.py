@@ -128,6 +128,24 @@ def test_buffers_know_their_iova(device: vfiopy.Device) -> None:
     assert buffer[0, 0] == 7
 
 
+def test_a_copy_neither_frees_nor_keeps_the_buffer(device: vfiopy.Device) -> None:
+    buffer = device.dma.allocate(PAGE_SIZE)
+    iova = buffer.iova
+    copies = [buffer.copy(), buffer + 1, buffer[[1, 2]], buffer.astype("u4"), buffer.reshape(2, -1).T.reshape(-1)]
+    for copy in copies:
+        copy.free()
+        with pytest.raises(ClosedError, match="ordinary memory"):
+            _ = copy.mapping
+    assert buffer.iova == iova
+    views = [np.lib.stride_tricks.as_strided(buffer[8:], (4,), (2,), subok=True), buffer[8:], buffer.real[8:]]
+    assert [view.iova for view in views] == [iova + 8] * 3
+    del buffer, views
+    gc.collect()
+    with pytest.warns(ResourceWarning, match="DMA buffer of 0x1000 bytes at IOVA"):
+        drain_finalizers()
+    assert device.space.find(iova) is None
+
+
 def test_big_buffers_are_congruent_so_that_big_pages_fit(device: vfiopy.Device) -> None:
     buffer = device.dma.allocate(3 << 20)
     assert buffer.address % vfiopy.HUGE_2M == 0

@@ -194,8 +194,18 @@ class DmaArray(np.ndarray[Any, Any]):
         return self
 
     def __array_finalize__(self, other: Any) -> None:
-        """Hand the allocation on to views; whether this is one, the address tells (see :attr:`iova`)."""
-        self._allocation = getattr(other, "_allocation", None)
+        """Hand the allocation on to views, and to nothing else: a copy must neither free the buffer nor keep it."""
+        allocation = getattr(other, "_allocation", None)
+        # The type of the base tells nearly always, and costs little.
+        if allocation is not None and not isinstance(self.base, DmaArray | _PageArray) and not self._is_in(allocation):
+            allocation = None
+        self._allocation = allocation
+
+    def _is_in(self, allocation: Reach) -> bool:
+        base = self.base
+        if base is None or (isinstance(base, np.ndarray) and base.flags.owndata):
+            return False  # numpy's own memory; to ask it for the address takes microseconds
+        return 0 <= self.address - allocation.address < allocation.size
 
     @property
     def iova(self) -> int:
@@ -228,6 +238,8 @@ class DmaArray(np.ndarray[Any, Any]):
 
     def free(self, *, timeout: float = FREE_TIMEOUT) -> None:
         """Take the memory away from the device; the array stays readable and writable. Idempotent.
+
+        A copy, or the result of arithmetic, is no device's: there is nothing to free, and the buffer stays.
 
         An emulated device pins what its DMA is at, and only that. Real hardware has no pins: its DMA to memory that was
         freed too early is refused by the IOMMU, and is lost. Here it is waited for instead.
