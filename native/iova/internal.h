@@ -74,6 +74,7 @@ struct vfiopy_space {
     uint64_t last_serial;
     struct vfiopy_owner *owners; /* by id */
     size_t owner_count;
+    size_t owners_gone, last_reused; /* free entries of that table; see owners.c */
     unsigned page_shift; /* of a pin */
     void (*retain)(void *memory);
     /* sums */

@@ -5,21 +5,40 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* So many entries must be free before one is used again: whoever still has an old id shall not meet a new owner. */
+#define REST 1024
+
+/* The entry for one more owner, or 0; with the lock. Free entries are used in turn. */
+static uint32_t new_owner(struct vfiopy_space *space)
+{
+    struct vfiopy_owner *owners;
+
+    if (space->owners_gone >= REST) {
+        do
+            space->last_reused = space->last_reused + 1 < space->owner_count ? space->last_reused + 1 : 1;
+        while (space->owners[space->last_reused].here);
+        space->owners_gone--;
+        return (uint32_t)space->last_reused;
+    }
+    if (space->owner_count >= UINT32_MAX)
+        return 0;
+    owners = realloc(space->owners, (space->owner_count + 1) * sizeof(*owners));
+    if (!owners)
+        return 0;
+    space->owners = owners;
+    return (uint32_t)space->owner_count++;
+}
+
 uint32_t vfiopy_space_add_owner(struct vfiopy_space *space, const char *name, void *callback)
 {
     char *copy = strdup(name);
     uint32_t owner = 0;
 
     vfiopy_lock(space);
-    if (copy && space->owner_count < UINT32_MAX) {
-        struct vfiopy_owner *owners = realloc(space->owners, (space->owner_count + 1) * sizeof(*owners));
-
-        if (owners) {
-            owner = (uint32_t)space->owner_count++;
-            owners[owner] = (struct vfiopy_owner){.name = copy, .callback = callback, .here = true};
-            space->owners = owners;
-        }
-    }
+    if (copy)
+        owner = new_owner(space);
+    if (owner)
+        space->owners[owner] = (struct vfiopy_owner){.name = copy, .callback = callback, .here = true};
     vfiopy_unlock(space);
     if (!owner)
         free(copy);
@@ -42,6 +61,7 @@ int vfiopy_space_remove_owner(struct vfiopy_space *space, uint32_t owner, void *
         *callback = space->owners[owner].callback;
         free(space->owners[owner].name);
         space->owners[owner] = (struct vfiopy_owner){0};
+        space->owners_gone++;
     }
     vfiopy_unlock(space);
     return result;

@@ -335,6 +335,8 @@ int vfiopy_space_remove_owner(struct vfiopy_space *space, uint32_t owner, void *
 /* Count one more, or one less, on every page that the range touches: all or nothing. */
 int vfiopy_space_pin(struct vfiopy_space *space, struct vfiopy_range range, uint8_t prot, uint32_t owner, bool peer,
                      struct vfiopy_failure *failure);
+/* Counts are kept by page, and by owner and mapping: an owner can take off no more pins than it has in a mapping, but
+ * whose pin it was on which of its pages is not known. */
 int vfiopy_space_unpin(struct vfiopy_space *space, struct vfiopy_range range, uint32_t owner,
                        struct vfiopy_failure *failure);
 

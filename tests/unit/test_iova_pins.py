@@ -82,6 +82,25 @@ def test_unbalanced_unpin_raises_and_changes_nothing(space: IovaSpace) -> None:
         space.unpin(0x10000, PAGE, ours)
 
 
+def test_owners_that_come_and_go_do_not_grow_the_table(space: IovaSpace) -> None:
+    stays = space.add_owner("stays")
+    space.pin(0x10000, PAGE, 1, stays)
+    seen: dict[int, int] = {}
+    for number in range(5000):
+        owner = space.add_owner(f"visitor {number}")
+        assert owner != stays
+        # An old id is met again late: who still has it hears that there is no such owner.
+        assert number - seen.get(owner, -5000) > 1000
+        seen[owner] = number
+        space.pin(0x11000, PAGE, 1, owner)
+        assert (f"visitor {number}", owner, 1, 0x10000, 0x8000) in space.holders(0, 0xFFFFF)
+        space.unpin(0x11000, PAGE, owner)
+        space.remove_owner(owner)
+    assert max(seen) < 1100
+    assert space.holders(0, 0xFFFFF) == [("stays", stays, 1, 0x10000, 0x8000)]
+    space.verify()
+
+
 def test_owners_are_named_counted_and_removed_only_without_pins(space: IovaSpace) -> None:
     nic, disk = space.add_owner("nic"), space.add_owner("disk")
     space.pin(0x10000, 2 * PAGE, 1, nic)
