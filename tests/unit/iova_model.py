@@ -116,7 +116,7 @@ class Model(Geometry):
         return sorted(self.mappers.values(), key=lambda each: each.slot)
 
     def _map_in(self, mapper: Mapper, it: Mapped) -> type[Exception] | None:
-        if it.kind == REMOTE:
+        if it.kind == REMOTE or not (it.address or mapper.ioas):
             return errors.MemoryKindError
         call = "IOMMU_IOAS_MAP_FILE" if it.fd >= 0 else "IOMMU_IOAS_MAP"
         number = self.kernel.map(mapper.fd, it.iova, it.entry(ioas=mapper.ioas))
