@@ -67,7 +67,7 @@ static int parse_wishes(PyObject *const *given, struct vfiopy_request *request)
     int prot = VFIOPY_PROT_ALL;
 
     *request = (struct vfiopy_request){.iova = VFIOPY_NO_FIXED_IOVA, .limit = UINT64_MAX, .fd = -1};
-    if ((given[IOVA] && given[IOVA] != Py_None && vfiopy_get_iova_or_any(given[IOVA], &request->iova)) ||
+    if ((given[IOVA] && given[IOVA] != Py_None && vfiopy_get_fixed_iova(given[IOVA], &request->iova)) ||
         (given[PROT] && vfiopy_get_int(given[PROT], "prot", &prot)) ||
         (given[LIMIT] && vfiopy_get_u64(given[LIMIT], "limit", &request->limit)) ||
         (given[ALIGNMENT] && vfiopy_get_u64(given[ALIGNMENT], "alignment", &request->alignment)))

@@ -87,6 +87,16 @@ int vfiopy_get_u64(PyObject *value, const char *what, uint64_t *out)
     return 0;
 }
 
+int vfiopy_get_fixed_iova(PyObject *value, uint64_t *out)
+{
+    if (vfiopy_get_u64(value, "iova", out))
+        return -1;
+    if (*out != VFIOPY_NO_FIXED_IOVA)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "no page begins at iova %R", value);
+    return -1;
+}
+
 int vfiopy_get_iova_or_any(PyObject *value, uint64_t *out)
 {
     int overflow = 0;
@@ -97,7 +107,7 @@ int vfiopy_get_iova_or_any(PyObject *value, uint64_t *out)
         *out = VFIOPY_NO_FIXED_IOVA;
         return 0;
     }
-    return vfiopy_get_u64(value, "iova", out);
+    return vfiopy_get_fixed_iova(value, out);
 }
 
 int vfiopy_get_int(PyObject *value, const char *what, int *out)

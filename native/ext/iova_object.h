@@ -49,7 +49,9 @@ static inline int vfiopy_iova_elsewhere(PyObject *self)
 int vfiopy_arguments(const char *function, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords,
                      const char *const *names, int required, PyObject **out);
 int vfiopy_get_u64(PyObject *value, const char *what, uint64_t *out);
-/* As get_u64, and -1 for VFIOPY_NO_FIXED_IOVA. */
+/* As get_u64, but for what stands for VFIOPY_NO_FIXED_IOVA here. */
+int vfiopy_get_fixed_iova(PyObject *value, uint64_t *out);
+/* The same, and -1 for VFIOPY_NO_FIXED_IOVA. */
 int vfiopy_get_iova_or_any(PyObject *value, uint64_t *out);
 int vfiopy_get_int(PyObject *value, const char *what, int *out);
 /* Size in bytes, not 0 and not beyond the end of the address space. */

@@ -16,7 +16,8 @@ from iova_kernel import FakeKernel
 import vfiopy
 from vfiopy import AddressSpace, ClosedError, HostMemory, PinnedError, Prot
 from vfiopy._native import SpaceBase
-from vfiopy.backend import IovaRange, MapperTraits, Memory, MemoryKind
+from vfiopy.backend import DeviceWindow, IovaRange, MapperTraits, Memory, MemoryKind
+from vfiopy.dma.buffer import allocate_pages
 from vfiopy.dma.memory import PAGE_SIZE
 from vfiopy.iova import MAPPER_TYPE1, leaked_memory
 from vfiopy.lives import drain_finalizers
@@ -70,6 +71,20 @@ def test_fixed_iova_and_what_is_refused(device: vfiopy.Device, page: mmap.mmap) 
     with pytest.raises(vfiopy.NotMappedError):
         space.unmap(0x20_0000, 0)
     assert space.unmap_all() == PAGE_SIZE
+
+
+@pytest.mark.parametrize("iova", [-1, -PAGE_SIZE, (1 << 64) - 1, 1 << 64])
+def test_a_wrong_iova_does_not_mean_anywhere(device: vfiopy.Device, page: mmap.mmap, iova: int) -> None:
+    space = device.space
+    with pytest.raises(ValueError, match="iova"):
+        space.map(page, iova=iova)
+    memory = allocate_pages(PAGE_SIZE)
+    with pytest.raises(ValueError, match="iova"):
+        space.map(memory, iova=iova)
+    window = DeviceWindow(0, 0, PAGE_SIZE, -1, memory.address, memory)  # as import_dmabuf() and peer() do
+    with pytest.raises(ValueError, match="iova"):
+        space.map_window(window, Prot.RW, iova=iova, limit=(1 << 64) - 1, alignment=0)
+    assert space.mappings() == []
 
 
 def test_the_device_limit_is_kept(device: vfiopy.Device) -> None:

@@ -449,6 +449,7 @@ def test_a_stepwise_space_refuses_what_would_pass_by_its_mappers(space: IovaSpac
         ((None, -1, PAGE, 3), ValueError, "address must be an int from 0 to 2"),
         ((None, HERE, 1 << 64, 3), ValueError, "size must be an int from 0 to 2"),
         ((None, HERE, PAGE, 3, -2), ValueError, "iova must be an int from 0 to 2"),
+        ((None, HERE, PAGE, 3, TOP), ValueError, "no page begins at iova 18446744073709551615"),
         ((None, HERE, "1", 3), TypeError, "str"),
         ((None, HERE, PAGE), TypeError, r"map\(\) needs argument 'prot'"),
         ((None,) * 14, TypeError, "takes at most 13 arguments"),

@@ -137,6 +137,8 @@ class AddressSpace(Resource, SpaceBase):
 
     def _map_ready(self, ready: Memory, rights: Prot, iova: int | None, limit: int, alignment: int) -> Mapping:
         self._mappers.check_kind(ready.kind)
+        if iova is not None and iova < 0:  # which would mean "anywhere" below
+            raise ValueError(f"iova must be an int from 0 to 2**64 - 1, not {iova}")
         wanted = self._mappers.place(ready) if iova is None else iova
         arguments = _arguments(ready, rights, wanted, limit, alignment)
         if not self._mappers.in_python:
