@@ -95,6 +95,17 @@ def test_the_device_limit_is_kept(device: vfiopy.Device) -> None:
         buffer.free()
 
 
+def test_a_device_has_1_to_64_address_lines(device: vfiopy.Device) -> None:
+    for bits in (0, -1, 65):
+        with pytest.raises(ValueError, match=f"1 to 64 address lines, not {bits}"):
+            device.dma.bits = bits
+    with pytest.raises(TypeError):
+        device.dma.bits = 28.5  # type: ignore[assignment]
+    assert device.dma.bits == 64
+    device.dma.bits = 32
+    assert device.dma.limit == 0xFFFF_FFFF
+
+
 def test_a_stale_handle_cannot_unmap_what_came_after(device: vfiopy.Device, page: mmap.mmap) -> None:
     space = device.space
     stale = space.map(page, iova=0x5000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import index
 from typing import TYPE_CHECKING
 
 from numpy.typing import DTypeLike
@@ -28,14 +29,23 @@ __all__ = ["Device", "DeviceDma"]
 class DeviceDma:
     """A device's view of its address space: the space, and how many address bits the device has.
 
-    Attributes:
-        bits: address lines that the device drives; buffers are placed below ``2**bits``. 64 until you say otherwise:
-            the bus does not tell.
+    Buffers are placed below ``2**bits``. That is 64 until you say otherwise: the bus does not tell.
     """
 
     def __init__(self, space: AddressSpace) -> None:
         self.space = space
-        self.bits = 64
+        self._bits = 64
+
+    @property
+    def bits(self) -> int:
+        """Address lines of the device, 1 to 64; assign what its data sheet says."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        if not 1 <= bits <= 64:
+            raise ValueError(f"a device drives 1 to 64 address lines, not {bits}")
+        self._bits = index(bits)
 
     @property
     def limit(self) -> int:
