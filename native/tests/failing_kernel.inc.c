@@ -1,5 +1,5 @@
 /*
- * Included by the tests that need it: a book with three mappers, and a kernel call that fails: every call of an operation
+ * Included by the tests that need it: a book with three mappers, and a kernel call that fails: each of an operation
  * in turn, alone or with all that follow. Whatever happens, the book must be sound, say the same as the kernel, and be
  * able to clean up afterwards.
  */

@@ -114,7 +114,7 @@ static void joins_a_batch(void)
     }
 }
 
-/* More than are worked on together; and no room for all of them: what was mapped is told, the rest was not called for. */
+/* More than are worked on together; and no room for all: what was mapped is told, the rest was not called for. */
 static void long_batches(void)
 {
     enum { COUNT = 300, ROOM = 200 };
