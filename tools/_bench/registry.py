@@ -14,6 +14,7 @@ BENCHMARKS = {
     "dma_map": "tools._bench.dma_map",
     "irq": "tools._bench.irq",
     "iova": "tools._bench.iova",
+    "vfio_user": "tools._bench.vfio_user",
 }
 
 

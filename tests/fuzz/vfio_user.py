@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Coverage-guided fuzzing of what parses a peer's bytes, at both ends of vfio-user. Needs atheris.
+
+    python tests/fuzz/vfio_user.py -runs=1000000 [CORPUS]
+
+The first byte of an input chooses the parser, the rest is what the peer says. Whatever it says is understood or refused
+by a VfioError; everything else is a crash. Inputs that crashed are kept as tests in tests/unit/test_vfio_user_fuzz.py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import atheris
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [os.fspath(ROOT), os.fspath(ROOT / "tests" / "unit")]
+
+with atheris.instrument_imports(include=["vfiopy.vfio_user", "vfiopy.emulated"]):
+    from emulated_support import Everything
+
+    from vfiopy import emulated
+    from vfiopy.emulated import Edu
+    from vfiopy.emulated.dirty_log import DirtyLog
+    from vfiopy.emulated.migration import RESUMING, Migration
+    from vfiopy.errors import VfioError
+    from vfiopy.vfio_user import VfioUserMapper, wire
+    from vfiopy.vfio_user.channel import Channel, Message, close_fds
+    from vfiopy.vfio_user.client_space import ClientSpace
+    from vfiopy.vfio_user.dma_requests import DmaRequests, _Waiting
+    from vfiopy.vfio_user.region_info import decode_region_info
+    from vfiopy.vfio_user.served import ServedDevice
+    from vfiopy.vfio_user.version import Capabilities, decode_version, encode_version
+
+MAX_DATA = 4096
+Parser = Callable[[bytes], object]
+
+
+class Ends:
+    """Both ends without a socket in between, and what of them looks at bytes."""
+
+    def __init__(self) -> None:
+        io, mapper = emulated.connect(Everything(manual=True))
+        self.space = ClientSpace(mapper, "fuzz", max_mappings=64, trust_files=False)
+        self.served = ServedDevice(io, MAX_DATA)
+        self.requests = DmaRequests(lambda *_: None, "fuzz", max_data=MAX_DATA, timeout=0.0)
+        self.client = VfioUserMapper("fuzz")
+        self.device = Edu(manual=True)
+        self.near, _ = emulated.connect(self.device)
+        self.log = DirtyLog("fuzz")
+        self.parsers: list[Parser] = [
+            decode_version,
+            decode_region_info,
+            self.serve,
+            self.serve,
+            self.map,
+            self.unmap,
+            self.answer,
+            self.dma,
+            self.migrate,
+            self.report,
+            self.frame,
+        ]
+
+    def serve(self, data: bytes) -> None:
+        """A request, as the server takes it."""
+        command, payload = data[0] if data else 0, bytearray(data[1:])
+        wire.check_request(command, len(payload), 0, from_client=True)
+        handler = self.served.commands.get(command)
+        if handler is not None:
+            handler(payload, [])
+
+    def map(self, data: bytes) -> None:
+        """DMA_MAP."""
+        wire.check_request(wire.Command.DMA_MAP, len(data), 0, from_client=True)
+        if len(self.space.book) > 32:
+            self.space.clear(0.0)
+        self.space.map(data, [], self.requests)
+
+    def unmap(self, data: bytes) -> None:
+        """DMA_UNMAP."""
+        wire.check_request(wire.Command.DMA_UNMAP, len(data), 0, from_client=True)
+        closing, _, _ = self.space.begin_unmap(data)
+        if closing.ready():
+            closing.finish()
+
+    def answer(self, data: bytes) -> None:
+        """A reply to a request that the server made."""
+        command = 11 + (data[0] & 1 if data else 0)
+        waiting = _Waiting(command, 0, 7)
+        self.requests._waiting[7] = waiting
+        header = wire.Header(7, command, 16 + len(data), 1, 0)
+        self.requests.answer(Message(header, bytearray(data[1:]), []))
+
+    def dma(self, data: bytes) -> None:
+        """A request of the server's, as the client takes it."""
+        command = 11 + (data[0] & 1 if data else 0)
+        wire.check_request(command, len(data[1:]), 0, from_client=False)
+        self.client.serve(command, bytearray(data[1:]))
+
+    def migrate(self, data: bytes) -> None:
+        """A device's state."""
+        migration = Migration(self.device)
+        migration.state = RESUMING
+        migration.write(migration._head() + data if len(data) & 1 else data)
+        migration.move(1)
+
+    def report(self, data: bytes) -> None:
+        """DMA logging."""
+        number = 6 + (data[0] % 3 if data else 0)
+        self.log.note(int.from_bytes(data[1:5], "little"), 4096)
+        self.log.feature(number, (data[0] >> 4) << 16 if data else 0, data[1:])
+
+    def frame(self, data: bytes) -> None:
+        """The stream itself."""
+        ours, theirs = socket.socketpair()
+        channel = Channel(ours, "fuzz", max_data=64)
+        try:
+            if data:
+                theirs.send(data)
+            theirs.close()
+            while message := channel.receive():
+                close_fds(message.fds)
+        finally:
+            channel.close()
+            theirs.close()
+
+
+def seeds(folder: Path) -> None:
+    """Write inputs that are understood."""
+    version = encode_version(2, Capabilities.ours(twin_socket=True, fd_index=0))
+    region = bytes.fromhex("40000000 0f000000 02000000 20000000 0040000000000000 0000000000000000".replace(" ", ""))
+    sparse = bytes.fromhex("0100010000000000 0100000000000000 0000000000000000 0010000000000000".replace(" ", ""))
+    inputs = [bytes([0]) + version, bytes([1]) + region + sparse]
+    for command, rule in wire.COMMANDS.items():
+        size = rule.form.size if rule.form else 0
+        inputs += [bytes([2, command]) + bytes(size), bytes([2, command]) + bytes([64]) * size]
+    inputs.append(bytes([4]) + wire.DMA_MAP.pack(32, 3, 0, 0x10000, 0x1000))
+    inputs.append(bytes([5]) + wire.DMA_UNMAP.pack(24, 0, 0x10000, 0x1000))
+    inputs.append(bytes([7, 0]) + wire.DMA_ACCESS.pack(0x10000, 4))
+    inputs.append(bytes([10]) + wire.HEADER.pack(1, 2, 20, 0, 0) + b"body")
+    for number, one in enumerate(inputs):
+        (folder / f"seed{number}").write_bytes(one)
+
+
+def main() -> None:
+    """Fuzz until the limit that is given to libFuzzer."""
+    ends = Ends()
+
+    def one(data: bytes) -> None:
+        if data:
+            with suppress(VfioError):
+                ends.parsers[data[0] % len(ends.parsers)](data[1:])
+
+    arguments = list(sys.argv)
+    if not any(not word.startswith("-") for word in arguments[1:]):
+        arguments.append(tempfile.mkdtemp(prefix="vfiopy-corpus-"))
+    seeds(Path(next(word for word in arguments[1:] if not word.startswith("-"))))
+    atheris.Setup(arguments, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
