@@ -25,7 +25,15 @@ __all__ = ["Channel", "Message", "close_fds"]
 _INT: Final = array.array("i").itemsize
 _ROOM: Final = 4096  # beside the data of the largest access
 _KERNEL_FDS: Final = 253  # SCM_MAX_FD, net/scm.h
-_PLAIN: Final = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC)
+_PLAIN: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+# Plain numbers: an IntFlag costs a microsecond with each operation
+_REPLY: Final = int(wire.Flag.REPLY)
+_NO_REPLY_WANTED: Final = int(wire.Flag.REPLY | wire.Flag.NO_REPLY)
+_ERROR: Final = int(wire.Flag.ERROR)
+_TYPE_MASK: Final = int(wire.Flag.TYPE_MASK)
+_CUT: Final = int(socket.MSG_CTRUNC)
+_OUT: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _GONE: Final = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.EBADF)
 
 
@@ -57,17 +65,17 @@ class Message:
     @property
     def is_reply(self) -> bool:
         """It answers a request."""
-        return bool(self.flags & wire.Flag.REPLY)
+        return self.flags & _REPLY != 0
 
     @property
     def wants_reply(self) -> bool:
         """It is a request that is to be answered."""
-        return not self.flags & (wire.Flag.REPLY | wire.Flag.NO_REPLY)
+        return not self.flags & _NO_REPLY_WANTED
 
     @property
     def is_error(self) -> bool:
         """It is a reply that says no."""
-        return bool(self.flags & wire.Flag.ERROR)
+        return self.flags & _ERROR != 0
 
 
 class Channel:
@@ -116,7 +124,7 @@ class Channel:
             DeviceGoneError: the peer closed the socket.
             ProtocolError: it sent what is no message; the stream is of no use any more.
         """
-        flags = socket.MSG_CMSG_CLOEXEC if wait else _PLAIN
+        flags = _WAITING if wait else _PLAIN
         try:
             if self._header is None and not self._receive_header(flags):
                 return None
@@ -145,7 +153,7 @@ class Channel:
             count, ancillary, told, _ = self._socket.recvmsg_into([self._head_view[self._got :]], room, flags)
             if ancillary:
                 self._keep_fds(ancillary)
-            if told & socket.MSG_CTRUNC or len(self._fds) > self.max_fds:
+            if told & _CUT or len(self._fds) > self.max_fds:
                 raise ProtocolError(
                     f"the peer sent more than {self.max_fds} file descriptors, or this process cannot open that many",
                     object=self._label,
@@ -162,7 +170,7 @@ class Channel:
                 f"{self.max_data + _ROOM + wire.HEADER.size} are possible",
                 object=self._label,
             )
-        if header.flags & wire.Flag.TYPE_MASK > wire.Flag.REPLY:
+        if header.flags & _TYPE_MASK > _REPLY:
             raise ProtocolError(f"the peer sent a message with flags {header.flags:#x}", object=self._label)
         self._header, self._body, self._got = header, bytearray(size), 0
         return True
@@ -224,9 +232,11 @@ class Channel:
             return False
 
     def _sendmsg(self, parts: Sequence[bytes | bytearray | memoryview], fds: Sequence[int]) -> int:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            return self._socket.sendmsg(parts, ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            if not fds:
+                return self._socket.send(b"".join(parts), _OUT)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            return self._socket.sendmsg(parts, ancillary, _OUT)
         except BlockingIOError:
             raise
         except OSError as error:

@@ -30,6 +30,8 @@ __all__ = ["Connection", "Serve"]
 _LOG = logging.getLogger(__name__)
 _TICK: Final = 0.2  # seconds; how long one recv may take, beside which time limits are looked at
 _MOST_LATE: Final = 1024
+_ONCE: Final = select.EPOLLIN | select.EPOLLONESHOT
+_NEVER: Final = select.EPOLLONESHOT
 
 Serve = Callable[[int, bytearray], tuple[bytes | bytearray, ...]]
 """Does a request of the server's (command, payload); returns the reply's parts, or raises VfioError."""
@@ -116,7 +118,7 @@ class Connection:
             self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._poll = select.epoll()
             self._poll.register(self._bell, select.EPOLLIN)
-            self._poll.register(self._channel.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+            self._poll.register(self._channel.fileno(), _ONCE)
         target = self._serve_idle if self._twin is None else self._serve_twin
         self._thread = threading.Thread(target=target, name=self._label, daemon=True)
         self._thread.start()
@@ -152,9 +154,15 @@ class Connection:
         with self._turn:
             self._check()
             number = self._number(call)
+            mine = not self._reading
+            self._reading = True
         try:
-            sent = self._channel.send(number, command, 0, parts, fds)
-            self._await(call, deadline, sent)
+            if mine:  # before it is sent: or the thread might be woken for the reply
+                self._read_in_turn(call, deadline, lambda: self._channel.send(number, command, 0, parts, fds))
+            else:
+                self._channel.send(number, command, 0, parts, fds)
+            if call.reply is None:
+                self._await(call, deadline, False)
         except DeviceGoneError as error:
             self._fail(error)
             raise
@@ -249,10 +257,14 @@ class Connection:
             return True
         return not self._channel.queued if call is None else call.reply is not None
 
-    def _read_in_turn(self, call: _Call | None, deadline: float) -> None:
-        if self._poll is not None:
-            self._poll.modify(self._channel.fileno(), select.EPOLLONESHOT)  # the thread may sleep on
+    def _read_in_turn(
+        self, call: _Call | None, deadline: float, before: Callable[[], object] | None = None
+    ) -> None:
         try:
+            if self._poll is not None:
+                self._poll.modify(self._channel.fileno(), _NEVER)  # the thread may sleep on
+            if before is not None:
+                before()
             while not self._has_ended(call) and time.monotonic() < deadline:
                 self._read_some(deadline)
         except VfioError as error:
@@ -264,7 +276,7 @@ class Connection:
                 if self._waiting:
                     self._turn.notify_all()
                 if self._poll is not None and not self._closing:
-                    self._poll.modify(self._channel.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+                    self._poll.modify(self._channel.fileno(), _ONCE)
 
     def _read_some(self, deadline: float) -> None:
         """Wait for a message, or for room where something is to be sent, and deal with it."""
@@ -359,7 +371,7 @@ class Connection:
                 with self._turn:
                     self._reading = False
                     self._turn.notify_all()
-            poll.modify(self._channel.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+            poll.modify(self._channel.fileno(), _ONCE)
 
     def _read_what_is_there(self) -> None:
         channel = self._channel

@@ -26,6 +26,8 @@ from vfiopy.vfio_user.wire import Command, Flag
 __all__ = ["Limits", "Session"]
 
 _LOG = logging.getLogger(__name__)
+_REPLY: Final = int(Flag.REPLY)
+_REFUSAL: Final = int(Flag.REPLY | Flag.ERROR)
 _BATCH: Final = 64  # messages in one go, so that others in the same loop have their turn
 _QUEUED: Final = 8 << 20  # bytes of replies that a client may leave unread before its requests wait
 _BACKLOG: Final = 16 << 20  # bytes of requests that may come while one waits
@@ -217,11 +219,11 @@ class Session:
 
     def _send(self, message: Message, parts: tuple[bytes, ...] = (), fds: tuple[int, ...] = ()) -> None:
         if message.wants_reply:
-            self._channel.send(message.id, message.command, Flag.REPLY, parts, fds)
+            self._channel.send(message.id, message.command, _REPLY, parts, fds)
 
     def _refuse(self, message: Message, number: int) -> None:
         if message.wants_reply:
-            self._channel.send(message.id, message.command, Flag.REPLY | Flag.ERROR, error=number)
+            self._channel.send(message.id, message.command, _REFUSAL, error=number)
 
     # --- VERSION -----------------------------------------------------------------------------------------------------
 
