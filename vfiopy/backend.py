@@ -28,6 +28,8 @@ __all__ = [
     "DeviceInfo",
     "DeviceIo",
     "DeviceWindow",
+    "Doorbell",
+    "DoorbellIo",
     "FileMemory",
     "FileRegions",
     "Host",
@@ -451,6 +453,27 @@ class FileRegions(Protocol):
 
         Raises NotSupportedError where there is none.
         """
+
+
+class Doorbell(NamedTuple):
+    """A register whose writes may be told by an eventfd: who writes it says "look again", and nothing more.
+
+    Attributes:
+        offset, size: of the register in its region, bytes.
+        value: the only value that counts, or None where any does.
+    """
+
+    offset: int
+    size: int
+    value: int | None = None
+
+
+@runtime_checkable
+class DoorbellIo(Protocol):
+    """A ``DeviceIo`` with doorbells."""
+
+    def doorbells(self, index: int) -> Sequence[Doorbell]:
+        """Return those of a region."""
 
 
 @runtime_checkable

@@ -34,6 +34,7 @@ with atheris.instrument_imports(include=["vfiopy.vfio_user", "vfiopy.emulated"])
     from vfiopy.vfio_user.channel import Channel, Message, close_fds
     from vfiopy.vfio_user.client_space import ClientSpace
     from vfiopy.vfio_user.dma_requests import DmaRequests, _Waiting
+    from vfiopy.vfio_user.doorbells import ServedDoorbells, decode_io_fds
     from vfiopy.vfio_user.region_info import decode_region_info
     from vfiopy.vfio_user.served import ServedDevice
     from vfiopy.vfio_user.version import Capabilities, decode_version, encode_version
@@ -66,6 +67,8 @@ class Ends:
             self.migrate,
             self.report,
             self.frame,
+            lambda data: decode_io_fds(data, [], 0),
+            lambda data: ServedDoorbells(io).reply(data, 16),
         ]
 
     def serve(self, data: bytes) -> None:

@@ -11,6 +11,7 @@ from weakref import WeakSet
 from vfiopy import uapi
 from vfiopy.backend import (
     DeviceInfo,
+    Doorbell,
     IrqAction,
     IrqIndex,
     IrqInfo,
@@ -298,6 +299,11 @@ class EmulatedDeviceIo(Resource):
             NotSupportedError: the region has handlers.
         """
         return self._memory(index).fd, 0
+
+    def doorbells(self, index: int) -> Sequence[Doorbell]:
+        """Return the doorbells that the device declares in a region: see :class:`vfiopy.backend.DoorbellIo`."""
+        self.check_open()
+        return self.device.doorbells.get(index, ())
 
     def _memory(self, index: int) -> BarMemory:
         self.check_open()

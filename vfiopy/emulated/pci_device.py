@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from random import Random
 from typing import ClassVar
 
-from vfiopy.backend import Host, IrqIndex, Prot
+from vfiopy.backend import Doorbell, Host, IrqIndex, Prot
 from vfiopy.emulated.bar_memory import BarMemory
 from vfiopy.emulated.capabilities import CapabilityDeclaration
 from vfiopy.emulated.config_space import Bar, ConfigSpace, Identity
@@ -60,6 +60,7 @@ class PciDevice:
     bars: ClassVar[Mapping[int, Bar]] = {}
     capabilities: ClassVar[Sequence[CapabilityDeclaration]] = ()
     interrupt_pin: ClassVar[int] = 0
+    doorbells: ClassVar[Mapping[int, Sequence[Doorbell]]] = {}
 
     def __init__(self, *, seed: int = 0, delay: tuple[float, float] = (0.0002, 0.002), manual: bool = False) -> None:
         if not 0 <= delay[0] <= delay[1]:

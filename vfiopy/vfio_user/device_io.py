@@ -27,6 +27,7 @@ from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import close_fds
 from vfiopy.vfio_user.client_irqs import ClientIrqs
 from vfiopy.vfio_user.connection import Connection
+from vfiopy.vfio_user.doorbells import DoorbellFd, decode_io_fds
 from vfiopy.vfio_user.power import PowerState, power_up
 from vfiopy.vfio_user.region_info import decode_region_info
 from vfiopy.vfio_user.wire import Command
@@ -286,6 +287,26 @@ class VfioUserDeviceIo(Resource):
         self._windows = [old for old in self._windows if old] + [window]
         self._look_at_power()
         return window
+
+    def doorbell_fds(self, index: int) -> list[DoorbellFd]:
+        """Ask for the eventfds that do what a write to certain registers does, for who rings from elsewhere (KVM).
+
+        Nothing of vfiopy rings them by itself: they are not ordered with other writes. The fds are the caller's.
+
+        Raises:
+            AddressRangeError: no such region.
+        """
+        self.region_info(index)
+        argsz = _FIRST_ARGSZ
+        while True:
+            payload, fds = self._request_fds(Command.GET_REGION_IO_FDS, wire.IO_FDS.pack(argsz, 0, index, 0))
+            try:
+                needed = wire.IO_FDS.unpack(payload).argsz
+                if not argsz < needed <= _MOST_ARGSZ:
+                    return decode_io_fds(payload, fds, index)
+                argsz = needed
+            finally:
+                close_fds(fds)
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,6 @@ class ServedDevice:
         self.commands: dict[int, Callable[[bytearray, list[int]], Reply]] = {
             Command.GET_INFO: self._get_info,
             Command.GET_REGION_INFO: self._get_region_info,
-            Command.GET_REGION_IO_FDS: self._get_region_io_fds,
             Command.GET_IRQ_INFO: self._get_irq_info,
             Command.SET_IRQS: self._set_irqs,
             Command.REGION_READ: self._region_read,
@@ -103,14 +102,6 @@ class ServedDevice:
                 fd, offset = self.io.region_file(index)
                 return RegionInfo(index, info.size, info.flags, offset, info.sparse, info.msix_mappable, info.type), fd
         return RegionInfo(index, info.size, info.flags & ~RegionFlag.MMAP, type=info.type), -1
-
-    def _get_region_io_fds(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
-        record = wire.IO_FDS.unpack(payload)
-        _check_argsz(record.argsz, wire.IO_FDS.size)
-        if record.flags or record.entries:
-            raise wire.malformed("GET_REGION_IO_FDS with flags or a count")
-        self.io.region_info(record.region)
-        return (wire.IO_FDS.pack(wire.IO_FDS.size, 0, record.region, 0),), ()
 
     def _get_irq_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
         record = wire.IRQ_INFO.unpack(payload)

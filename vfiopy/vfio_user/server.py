@@ -142,18 +142,18 @@ class Server(Resource):
     def _do(self, events: dict[int, int]) -> None:
         if self._bell in events:
             os.eventfd_read(self._bell)
-        more = self._pump()
+        more = self._pump(events)
         if self._listener is not None and self._listener.socket.fileno() in events:
             self._accept()
         if more:
             self._ring()
         self._sync()
 
-    def _pump(self) -> bool:
+    def _pump(self, ready: Collection[int]) -> bool:
         if self._session is None:
             return False
         try:
-            return self._session.pump()
+            return self._session.pump(ready)
         except VfiopyError as error:
             ordinary = isinstance(error, VfioError) and error.errno == errno.ECONNRESET
             _LOG.log(logging.INFO if ordinary else logging.WARNING, "%s: the client is let go: %s", self._label, error)

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,7 @@ from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import Channel, Message, close_fds
 from vfiopy.vfio_user.client_space import ClientSpace
 from vfiopy.vfio_user.dma_requests import DmaRequests
+from vfiopy.vfio_user.doorbells import ServedDoorbells
 from vfiopy.vfio_user.served import Reply, ServedDevice
 from vfiopy.vfio_user.version import Capabilities, decode_version, encode_version
 from vfiopy.vfio_user.wire import Command, Flag
@@ -98,9 +99,12 @@ class Session:
         self._backlog: deque[Message] = deque()
         self._backlog_bytes = 0
         self._unmap: _Unmap | None = None
+        self._doorbells = ServedDoorbells(device.io)
+        self._their_fds = 1
         self._commands: dict[int, Callable[[bytearray, list[int]], Reply]] = {
             **device.commands,
             Command.DMA_MAP: self._dma_map,
+            Command.GET_REGION_IO_FDS: self._get_region_io_fds,
         }
 
     def interests(self) -> dict[int, int]:
@@ -113,6 +117,8 @@ class Session:
             found[channel.fileno()] = events
         if self._unmap is not None:
             found[self._unmap.closing.fileno()] = select.POLLIN
+        for fd in self._doorbells.filenos():
+            found[fd] = select.POLLIN
         return found
 
     @property
@@ -127,8 +133,11 @@ class Session:
 
     # --- the pump ----------------------------------------------------------------------------------------------------
 
-    def pump(self) -> bool:
+    def pump(self, ready: Collection[int]) -> bool:
         """Do what can be done without waiting; return whether there may be more to do at once.
+
+        Args:
+            ready: the fds of :meth:`interests` on which something has happened.
 
         Raises:
             DeviceGoneError: the client went.
@@ -138,6 +147,7 @@ class Session:
             if channel.queued:
                 channel.flush()
         self._finish_unmap()
+        self._doorbells.ring(ready)
         for _ in range(_BATCH):
             self._work_off()
             if self._twin is not None and (answer := self._twin.receive()) is not None:
@@ -231,6 +241,7 @@ class Session:
         if self.negotiated:
             raise wire.malformed("VERSION for the second time")
         minor, theirs = decode_version(message.payload)
+        self._their_fds = theirs.max_msg_fds
         ends: tuple[socket.socket, ...] = ()
         offer = self._offer
         if theirs.twin_socket.supported and theirs.max_msg_fds:
@@ -262,6 +273,9 @@ class Session:
         assert self._requests is not None
         self._space.map(payload, fds, self._requests)
         return (), ()
+
+    def _get_region_io_fds(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
+        return self._doorbells.reply(payload, self._their_fds)
 
     def _begin_unmap(self, message: Message) -> None:
         assert self._requests is not None
@@ -310,5 +324,6 @@ class Session:
         self._backlog.clear()
         for channel in self._channels():
             channel.close()
+        self._doorbells.close()
         self._device.quiet()
         self._space.clear(self._limits.unmap_timeout)
