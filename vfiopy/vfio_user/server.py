@@ -175,7 +175,9 @@ class Server(Resource):
 
     def _sync(self) -> None:
         """Have epoll watch what the session waits for."""
-        wanted = self._session.interests() if self._session else {}
+        self._watch(self._session.interests() if self._session else {})
+
+    def _watch(self, wanted: dict[int, int]) -> None:
         for fd in [fd for fd in self._watched if fd not in wanted]:
             del self._watched[fd]
             with suppress(OSError):  # a closed fd went by itself
@@ -239,10 +241,13 @@ class Server(Resource):
     # --- end ---------------------------------------------------------------------------------------------------------
 
     def _end_session(self, reason: str) -> None:
-        session, self._session = self._session, None
+        session = self._session
         if session is not None:
-            self._sync()  # before its fds are closed
-            session.close(reason)
+            self._watch({})  # before its fds are closed
+            try:
+                session.close(reason)
+            finally:
+                self._session = None
 
     def disconnect(self) -> None:
         """Let the client go, if there is one; the next may come."""
