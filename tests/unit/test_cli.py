@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,16 @@ runner = CliRunner()
 def test_version() -> None:
     answer = runner.invoke(app, ["--version"])
     assert (answer.exit_code, answer.stdout) == (0, f"vfiopy {__version__}\n")
+
+
+def test_commands_that_the_documentation_names_exist() -> None:
+    tree = Path(__file__).resolve().parents[2]
+    named = set()
+    for page in (tree / "README.md", *(tree / "docs").glob("*.md")):
+        text = page.read_text().partition("**Not yet**")[0]  # what is to come is named there
+        named |= set(re.findall(r"(?:`|^ *|sudo |bin/)vfiopy ([a-z]+)", text, re.MULTILINE))
+    assert {"bind", "restore", "selftest", "serve"} <= named
+    assert [name for name in sorted(named) if runner.invoke(app, [name, "--help"]).exit_code] == []
 
 
 def test_selftest_prints_a_report_that_others_can_read() -> None:
