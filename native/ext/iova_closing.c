@@ -113,8 +113,10 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     struct vfiopy_range range;
     struct closing *closing;
+    bool stepwise;
 
-    if (vfiopy_iova_elsewhere(self) || vfiopy_get_bounds("closing", args, nargs, &range))
+    if (vfiopy_iova_elsewhere(self) || vfiopy_get_flag(nargs == 3 ? args[2] : NULL, &stepwise) ||
+        vfiopy_get_bounds("closing", args, nargs == 3 ? 2 : nargs, &range))
         return NULL;
     closing = of(PyType_GenericAlloc(closing_type, 0));
     if (!closing)
@@ -127,6 +129,7 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     closing->space = Py_NewRef(self);
     closing->unmap.range = range;
+    closing->unmap.stepwise = stepwise;
     vfiopy_unmap_watch(vfiopy_space_of(self), &closing->unmap, closing->event);
     return (PyObject *)closing;
 }
@@ -188,7 +191,9 @@ static PyObject *finish(PyObject *self, PyObject *Py_UNUSED(ignored))
 
     if (enter(closing))
         return NULL;
-    if (closing->ready) {
+    if (closing->unmap.stepwise) {
+        vfiopy_raise_state("StateError", "this unmap is for waiting only: give_up(), then begin_unmap()");
+    } else if (closing->ready) {
         result = vfiopy_iova_finish(closing->space, "unmap", &closing->unmap);
         end(closing);
     } else {
@@ -249,7 +254,8 @@ static void closing_dealloc(PyObject *self)
 
 PyMethodDef vfiopy_iova_closing_methods[] = {
     {"closing", VFIOPY_FAST(start), METH_FASTCALL,
-     "closing(first, last): begin to unmap a range without waiting; returns an IovaClosing"},
+     "closing(first, last, stepwise=False): begin to unmap a range without waiting; returns an IovaClosing.\n"
+     "stepwise: only to wait for its pins, before a begin_unmap() that has mappers of the caller's called"},
     {NULL, NULL, 0, NULL},
 };
 

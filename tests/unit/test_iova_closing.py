@@ -127,3 +127,16 @@ def test_one_thread_finishes_and_nobody_comes_in_between() -> None:
     assert len(space) == 0
     assert kernel.tables[3] == {}
     space.verify()
+
+
+def test_a_closing_that_only_waits_unmaps_nothing(space: IovaSpace) -> None:
+    before = space.mappings()
+    space.set_stepwise(True)
+    closing = space.closing(0, (1 << 64) - 1, True)
+    assert closing.ready()
+    with pytest.raises(errors.StateError, match=r"give_up\(\), then begin_unmap\(\)"):
+        closing.finish()
+    closing.give_up()
+    assert space.mappings() == before
+    with pytest.raises(TypeError, match="takes 2 arguments"):
+        space.closing(0, 1, True, 4)  # type: ignore[call-arg]

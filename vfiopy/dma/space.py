@@ -25,6 +25,7 @@ from vfiopy.dma.buffer import Allocation, DmaArray, allocate_pages
 from vfiopy.dma.mappers import MapperSet, Member
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of, round_to_pages
+from vfiopy.dma.waiting import unmap_async
 from vfiopy.errors import AlignmentError, MemoryKindError, NotMappedError, StateError
 from vfiopy.iova import IovaMapping, IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
@@ -175,6 +176,21 @@ class AddressSpace(Resource, SpaceBase):
             NotMappedError: no mapping begins at ``iova`` (only without ``size``), or an end cuts a mapping in two.
             PinnedError, UnmappingError: see :meth:`Mapping.unmap`.
         """
+        self._check_range(iova, size)
+        if size is None:
+            return self._unmap(lambda: self.book.unmap(iova, timeout), iova, None, timeout)
+        return self._unmap(lambda: self.book.unmap_range(iova, iova + size - 1, timeout), iova, size, timeout)
+
+    async def unmap_async(self, iova: int, size: int | None = None, *, timeout: float | None = 0.0) -> int:
+        """As :meth:`unmap`, but an event loop goes on while owners of pins take their time; ``timeout`` None: for ever.
+
+        Their callbacks run in this task. The mappers are called as by :meth:`unmap`, at the end, in one go. Cancelling
+        the task leaves everything as it was.
+        """
+        self._check_range(iova, size)
+        return await unmap_async(self.book, self._mappers, iova, size, timeout)
+
+    def _check_range(self, iova: int, size: int | None) -> None:
         self.check_open()
         if size is not None and not 0 < size <= (1 << 64) - iova:
             raise NotMappedError(
@@ -182,9 +198,6 @@ class AddressSpace(Resource, SpaceBase):
                 object=self._label,
                 hint="a range has at least one byte and ends within the 64-bit space",
             )
-        if size is None:
-            return self._unmap(lambda: self.book.unmap(iova, timeout), iova, None, timeout)
-        return self._unmap(lambda: self.book.unmap_range(iova, iova + size - 1, timeout), iova, size, timeout)
 
     def _unmap(self, directly: Callable[[], int], iova: int, size: int | None, timeout: float) -> int:
         try:
