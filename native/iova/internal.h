@@ -22,7 +22,7 @@ struct vfiopy_mapping {
     bool has_fd;
     bool busy;       /* somebody works on it without the lock: wait for `changed` */
     bool handed_out; /* reserved or marked unmapping for a caller with mappers of its own */
-    bool told;       /* its owners were told by operation unmap_id */
+    bool revoked;    /* see revoke.c */
 
     struct vfiopy_interval address; /* in the tree if there is one, `address_known` and not reserved */
     struct vfiopy_pins *pins;       /* NULL before the first pin */
@@ -36,7 +36,7 @@ struct vfiopy_mapping {
     uint32_t unmap_id;           /* the operation that is closing or unmapping it */
     bool taken_over;             /* the mappers had it before this book: they are told its address only */
     bool address_lost;           /* see addresses.c */
-    bool revoked;                /* see revoke.c */
+    bool told;                   /* its owners were told by operation unmap_id */
 };
 
 struct vfiopy_geometry {

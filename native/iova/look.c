@@ -30,6 +30,10 @@ bool vfiopy_space_find(struct vfiopy_space *space, uint64_t iova, struct vfiopy_
 
     vfiopy_lock(space);
     mapping = vfiopy_mapping_at(space, iova);
+    if (mapping) { /* both are needed, and are misses among many mappings: have them come at the same time */
+        __builtin_prefetch(mapping->memory);
+        __builtin_prefetch(&mapping->address);
+    }
     found = mapping && mapping->state != VFIOPY_RESERVED;
     if (found)
         vfiopy_fill_view(space, mapping, view);
