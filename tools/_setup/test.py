@@ -31,6 +31,8 @@ TOOLS = ("-p", "tools._bench", "-p", "tools._lab", "-p", "tools._setup", "-p", "
 PURE_C = ("iova", "region")
 SLOW_TEST_SECONDS = 900
 NIGHTLY_SECONDS = 7200
+GUESTS = 2
+"""At a time: as many as the project's machines have cores."""
 FUZZ_SECONDS = 20
 FUZZ_SECONDS_NIGHTLY = 900
 
@@ -57,8 +59,8 @@ class Run:
         self.nightly = nightly
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self._kernel: Beside | None = None
-        self._guests = [one for one in MACHINES.values() if guests and (nightly or not one.nightly)]
-        self._first_guest: Beside | None = None
+        self._machines = [one for one in MACHINES.values() if guests and (nightly or not one.nightly)]
+        self._booted: list[tuple[str, Beside]] = []
 
     def _command(self, *words: str | Path, **environment: str) -> int:
         """Run a command, its output going where ours goes."""
@@ -68,7 +70,7 @@ class Run:
         ).returncode
 
     def _check(self, name: str, *words: str | Path) -> bool:
-        self.start_guest()
+        self.start_first_guest()
         started = time.monotonic()
         say(f"{name}: {' '.join(str(word) for word in words)}")
         status = self._command(*words)
@@ -91,20 +93,26 @@ class Run:
             raise SetupError("the lab could not be prepared (see above)")
         self._kernel = None
 
-    def start_guest(self) -> None:
+    def start_first_guest(self) -> None:
         """Boot the first machine beside the other parts once the kernel is there: one core is enough for it."""
-        if self._guests and self._first_guest is None and self._kernel is not None and self._kernel.succeeded:
-            machine = self._guests[0]
-            log = RESULTS / f"guest-{machine.name}.log"
-            say(f"guest {machine.name} tests in the background, log: {log.relative_to(TREE)}")
+        if not self._booted and self._kernel is not None and self._kernel.succeeded:
+            self._start_guest()
+
+    def _start_guest(self) -> None:
+        if self._machines:
+            machine = self._machines.pop(0)
+            name = f"guest {machine.name}"
+            log = RESULTS / f"{name.replace(' ', '-')}.log"
+            say(f"{name} tests in the background, log: {log.relative_to(TREE)}")
             command, environment = self._guest_job(machine)
-            self._first_guest = Beside(command, log, {**self._environment, **environment})
+            self._booted.append((name, Beside(command, log, {**self._environment, **environment})))
 
     def stop(self) -> None:
         """End what still runs in the background."""
-        for background in (self._first_guest, self._kernel):
-            if background is not None:
-                background.stop()
+        for _, background in self._booted:
+            background.stop()
+        if self._kernel is not None:
+            self._kernel.stop()
 
     def lint(self) -> None:
         """Style and types."""
@@ -135,7 +143,7 @@ class Run:
 
     def _pytest(self, name: str, *words: str | Path) -> None:
         """Run one suite."""
-        self.start_guest()
+        self.start_first_guest()
         say(f"{name} tests")
         started = time.monotonic()
         status = self._command(*words, *self._profile(name, long=self.nightly), **_environment(long=self.nightly))
@@ -179,20 +187,14 @@ class Run:
         """Tests with a real QEMU, and on a real kernel, machine by machine."""
         self._pytest("qemu", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/qemu")
         self.wait_for_kernel()
-        first, self._first_guest = self._first_guest, None
-        if first is not None:
-            machine = self._guests.pop(0)
-            say(f"guest {machine.name} tests, in the background until now")
-            status = first.follow()
-            name = f"guest {machine.name}"
-            self.results.suite(name, _junit(name), status, first.seconds)
-        for machine in self._guests:
-            say(f"guest {machine.name} tests")
-            started = time.monotonic()
-            command, environment = self._guest_job(machine)
-            status = self._command(*command, **environment)
-            name = f"guest {machine.name}"
-            self.results.suite(name, _junit(name), status, time.monotonic() - started)
+        while self._machines or self._booted:
+            while self._machines and len(self._booted) < GUESTS:
+                self._start_guest()
+            name, guest = self._booted[0]
+            say(f"{name} tests")
+            status = guest.follow()
+            self.results.suite(name, _junit(name), status, guest.seconds)
+            del self._booted[0]
 
     def _guest_job(self, machine: Machine) -> tuple[list[str | Path], dict[str, str]]:
         """The command that tests in one machine, and what the environment says to it."""
