@@ -75,7 +75,7 @@ def test_refusals_are_two_lines_and_no_traceback() -> None:
     assert answer.output.startswith("vfiopy: 0000:00:1d.7: ")
     assert "Traceback" not in answer.output
     answer = runner.invoke(app, ["bind", "nonsense"])
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "not a PCI address" in answer.output
 
 
