@@ -214,6 +214,32 @@ def test_bounce_copies(device: vfiopy.Device) -> None:
         assert buffer.mapping.prot == Prot.READ
 
 
+@pytest.mark.parametrize("in_python", [False, True])
+def test_buffers_that_live_shortly_have_a_window(in_python: bool) -> None:
+    with AddressSpace("window") as space:
+        if in_python:
+            space.add_mapper(SlowMapper())
+        space.book.set_transient(0x10_0000, 0x10_1FFF)
+        stays = [space.allocate(PAGE_SIZE) for _ in range(3)]
+        with space.bounce(b"one") as one, space.allocate(PAGE_SIZE, transient=True) as two:
+            assert {one.iova, two.iova} == {0x10_0000, 0x10_1000}
+            with space.bounce(b"three") as three:
+                assert not 0x10_0000 <= three.iova <= 0x10_1FFF, "a full window is no reason to fail"
+        assert not any(0x10_0000 <= buffer.iova <= 0x10_1FFF for buffer in stays)
+        with space.bounce(b"out of reach", limit=0xF_FFFF) as near:
+            assert near.iova < 0x10_0000
+        for buffer in stays:
+            buffer.free()
+
+
+def test_a_device_offers_what_its_space_does(device: vfiopy.Device) -> None:
+    device.space.book.set_transient(0x10_0000, 0x10_0FFF)
+    with device.dma.allocate((2, 3), "u2", order="F", transient=True) as buffer:
+        assert buffer.flags.f_contiguous
+        assert buffer.strides == (2, 4)
+        assert buffer.iova == 0x10_0000
+
+
 def test_nothing_cannot_be_bounced(device: vfiopy.Device) -> None:
     before = len(device.space.mappings())
     with pytest.raises(vfiopy.AlignmentError, match="no bytes to copy: a DMA buffer has at least one"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import DTypeLike
 
@@ -62,6 +62,8 @@ class DeviceDma:
         alignment: int = 0,
         page_size: int = PAGE_SIZE,
         numa_node: int | None = None,
+        order: Any = "C",
+        transient: bool = False,
     ) -> DmaArray:
         """Allocate a DMA buffer within the device's reach: see :meth:`AddressSpace.allocate`."""
         return self.space.allocate(
@@ -73,6 +75,8 @@ class DeviceDma:
             alignment=alignment,
             page_size=page_size,
             numa_node=numa_node,
+            order=order,
+            transient=transient,
         )
 
     def map(

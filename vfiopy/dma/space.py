@@ -136,12 +136,14 @@ class AddressSpace(Resource, SpaceBase):
                 let_go(ready)
             raise
 
-    def _map_ready(self, ready: Memory, rights: Prot, iova: int | None, limit: int, alignment: int) -> Mapping:
+    def _map_ready(
+        self, ready: Memory, rights: Prot, iova: int | None, limit: int, alignment: int, *, transient: bool = False
+    ) -> Mapping:
         self._mappers.check_kind(ready.kind)
         if iova is not None and iova < 0:  # which would mean "anywhere" below
             raise ValueError(f"iova must be an int from 0 to 2**64 - 1, not {iova}")
         wanted = self._mappers.place(ready) if iova is None else iova
-        arguments = _arguments(ready, rights, wanted, limit, alignment)
+        arguments = _arguments(ready, rights, wanted, limit, alignment, transient=transient)
         if not self._mappers.in_python:
             mapping = self._map_memory(*arguments)
             if mapping is not None:  # else a mapper in Python joined since we looked
@@ -225,6 +227,7 @@ class AddressSpace(Resource, SpaceBase):
         page_size: int = PAGE_SIZE,
         numa_node: int | None = None,
         order: Any = "C",
+        transient: bool = False,
     ) -> DmaArray:
         """Allocate zeroed memory and map it: a numpy array with an ``.iova``.
 
@@ -234,6 +237,8 @@ class AddressSpace(Resource, SpaceBase):
             iova, prot, limit, alignment: see :meth:`map`.
             page_size, numa_node: see :func:`vfiopy.dma.buffer.allocate_pages`.
             order: ``"C"`` or ``"F"``.
+            transient: it will not live long: take its IOVA from the window for such, if there is one
+                (``space.book.set_transient()``), so that it leaves no hole among those that stay.
         """
         if np.dtype(dtype).hasobject:
             raise MemoryKindError(
@@ -246,7 +251,11 @@ class AddressSpace(Resource, SpaceBase):
         memory = self._pages(size, page_size, numa_node)
         # The array first: numpy refuses a bad shape, dtype or order, and then nothing is mapped.
         array = DmaArray.over(memory, shape, dtype, order)
-        mapping = self.map(memory, iova=iova, prot=prot, limit=limit, alignment=alignment)
+        if transient:
+            self.check_open()
+            mapping = self._map_ready(memory, Prot(prot), iova, limit, alignment, transient=True)
+        else:
+            mapping = self.map(memory, iova=iova, prot=prot, limit=limit, alignment=alignment)
         self._allocations.add(array.adopt(mapping))
         return array
 
@@ -261,7 +270,8 @@ class AddressSpace(Resource, SpaceBase):
     def bounce(self, data: Buffer, *, prot: Prot = Prot.READ, limit: int = ANY_IOVA) -> DmaArray:
         """Copy ``data`` (any buffer, also ``bytes``) into a new DMA buffer of as many bytes.
 
-        The explicit way for memory that cannot be mapped itself; with ``with`` it is unmapped at the end.
+        The explicit way for memory that cannot be mapped itself; with ``with`` it is unmapped at the end. Its IOVA
+        comes from the window for transient buffers, see :meth:`allocate`.
 
         Raises:
             AlignmentError: there are no bytes.
@@ -271,7 +281,7 @@ class AddressSpace(Resource, SpaceBase):
             raise AlignmentError(
                 "no bytes to copy: a DMA buffer has at least one", object="bounce()", hint="skip transfers of 0 bytes"
             )
-        buffer = self.allocate(view.nbytes, prot=prot, limit=limit)
+        buffer = self.allocate(view.nbytes, prot=prot, limit=limit, transient=True)
         buffer[:] = view
         return buffer
 
@@ -448,11 +458,13 @@ class AddressSpace(Resource, SpaceBase):
         self._direct = False
 
 
-def _arguments(memory: Memory, prot: Prot, iova: int, limit: int, alignment: int) -> tuple[Any, ...]:
+def _arguments(
+    memory: Memory, prot: Prot, iova: int, limit: int, alignment: int, *, transient: bool = False
+) -> tuple[Any, ...]:
     """Arguments of the book's map()."""
     physical = memory.physical if isinstance(memory, DeviceWindow) else 0
     place = (int(prot), iova, limit, alignment, int(memory.kind))
-    return (memory, memory.address, memory.size, *place, *_fd_of(memory), False, physical)
+    return (memory, memory.address, memory.size, *place, *_fd_of(memory), transient, physical)
 
 
 def _fd_of(memory: Memory) -> tuple[int, int]:
