@@ -23,6 +23,8 @@ from vfiopy.vfio_user import wire
 __all__ = ["Channel", "Message", "close_fds"]
 
 _INT: Final = array.array("i").itemsize
+_HEADER_SIZE: Final = wire.HEADER.size
+_FIELDS: Final = wire.HEADER.fields
 _ROOM: Final = 4096  # beside the data of the largest access
 _KERNEL_FDS: Final = 253  # SCM_MAX_FD, net/scm.h
 _WAITING: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -54,11 +56,8 @@ class Message:
 
     __slots__ = ("command", "error", "fds", "flags", "id", "payload")
 
-    def __init__(self, header: wire.Header, payload: bytearray, fds: list[int]) -> None:
-        self.id = header.id
-        self.command = header.command
-        self.flags = header.flags
-        self.error = header.error
+    def __init__(self, header: tuple[int, ...], payload: bytearray, fds: list[int]) -> None:
+        self.id, self.command, _, self.flags, self.error = header
         self.payload = payload
         self.fds = fds
 
@@ -95,12 +94,13 @@ class Channel:
     def __init__(self, sock: socket.socket, label: str, *, max_data: int, max_fds: int = 16) -> None:
         self.max_data = max_data
         self.max_fds = max_fds
+        self._room = socket.CMSG_SPACE(min(max_fds + 1, _KERNEL_FDS) * _INT)
         self._socket = sock
         self._label = label
         self._head = bytearray(wire.HEADER.size)
         self._head_view = memoryview(self._head)
         self._got = 0
-        self._header: wire.Header | None = None
+        self._header: tuple[int, ...] | None = None
         self._body = bytearray()
         self._fds: list[int] = []
         self._sending = threading.Lock()
@@ -132,8 +132,8 @@ class Channel:
             assert header is not None
             wanted = len(self._body)
             while self._got < wanted:
-                with memoryview(self._body) as view:
-                    count = self._socket.recv_into(view[self._got :], 0, flags)
+                where: bytearray | memoryview = self._body if not self._got else memoryview(self._body)[self._got :]
+                count = self._socket.recv_into(where, 0, flags)
                 if not count:
                     raise self._ended("in the middle of a message")
                 self._got += count
@@ -148,9 +148,9 @@ class Channel:
         return message
 
     def _receive_header(self, flags: int) -> bool:
-        while self._got < wire.HEADER.size:
-            room = socket.CMSG_SPACE(min(self.max_fds + 1, _KERNEL_FDS) * _INT)
-            count, ancillary, told, _ = self._socket.recvmsg_into([self._head_view[self._got :]], room, flags)
+        while self._got < _HEADER_SIZE:
+            where = self._head_view[self._got :] if self._got else self._head_view
+            count, ancillary, told, _ = self._socket.recvmsg_into([where], self._room, flags)
             if ancillary:
                 self._keep_fds(ancillary)
             if told & _CUT or len(self._fds) > self.max_fds:
@@ -162,16 +162,16 @@ class Channel:
             if not count:
                 raise self._ended("in the middle of a header" if self._got else "")
             self._got += count
-        header = wire.HEADER.unpack(self._head)
-        size = header.size - wire.HEADER.size
+        header = _FIELDS(self._head)
+        size = header[2] - _HEADER_SIZE
         if not 0 <= size <= self.max_data + _ROOM:
             raise ProtocolError(
-                f"the peer announces a message of {header.size} bytes; {wire.HEADER.size} to "
+                f"the peer announces a message of {header[2]} bytes; {wire.HEADER.size} to "
                 f"{self.max_data + _ROOM + wire.HEADER.size} are possible",
                 object=self._label,
             )
-        if header.flags & _TYPE_MASK > _REPLY:
-            raise ProtocolError(f"the peer sent a message with flags {header.flags:#x}", object=self._label)
+        if header[3] & _TYPE_MASK > _REPLY:
+            raise ProtocolError(f"the peer sent a message with flags {header[3]:#x}", object=self._label)
         self._header, self._body, self._got = header, bytearray(size), 0
         return True
 
@@ -213,7 +213,7 @@ class Channel:
         Raises:
             DeviceGoneError: the peer closed the socket.
         """
-        size = wire.HEADER.size
+        size = _HEADER_SIZE
         for part in parts:
             size += len(part)
         head = wire.HEADER.pack(number, command, size, flags, error)

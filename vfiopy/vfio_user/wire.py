@@ -8,6 +8,7 @@ reply's ``argsz`` is what all of it needs.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -282,18 +283,18 @@ class Form(Generic[_Record]):
 
     Attributes:
         size: bytes.
+        pack: lays the fields out; raises ``struct.error`` for what does not fit.
+        fields: the fields of a record in a buffer that is known to hold it, as a plain tuple.
     """
 
-    __slots__ = ("_make", "_struct", "size")
+    __slots__ = ("_make", "_struct", "fields", "pack", "size")
 
     def __init__(self, record: type[_Record], codes: str) -> None:
         self._struct = Struct("=" + codes)
         self._make: Any = record._make  # type: ignore[attr-defined]  # of every NamedTuple
         self.size = self._struct.size
-
-    def pack(self, *fields: int | bytes) -> bytes:
-        """Lay the fields out; raises ``struct.error`` for what does not fit."""
-        return self._struct.pack(*fields)
+        self.pack: Callable[..., bytes] = self._struct.pack
+        self.fields: Callable[..., tuple[Any, ...]] = self._struct.unpack_from
 
     def unpack(self, data: bytes | bytearray | memoryview, offset: int = 0) -> _Record:
         """Read the fields.
