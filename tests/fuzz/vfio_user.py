@@ -49,7 +49,7 @@ class Ends:
     def __init__(self) -> None:
         io, mapper = emulated.connect(Everything(manual=True))
         self.space = ClientSpace(mapper, "fuzz", max_mappings=64, trust_files=False)
-        self.served = ServedDevice(io, MAX_DATA)
+        self.served = ServedDevice(io, MAX_DATA, 16)
         self.requests = DmaRequests(lambda *_: None, "fuzz", max_data=MAX_DATA, timeout=0.0)
         self.client = VfioUserMapper("fuzz")
         self.device = Edu(manual=True)

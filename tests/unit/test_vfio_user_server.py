@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from vfio_user_support import (
 
 from vfiopy import emulated
 from vfiopy.backend import IrqAction
-from vfiopy.emulated import Edu
+from vfiopy.emulated import Edu, Msi
 from vfiopy.errors import BusyError, NotSupportedError, StateError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.server import Server
@@ -296,6 +297,25 @@ def test_msix_vectors(client: RawClient, device: Everything) -> None:
         assert client.set_irqs(2, NONE, count=0) == b""
         device.interrupt(0)
         assert (taken(one), taken(two)) == (0, 0)
+
+
+class ManyMessages(Everything):
+    capabilities = (Msi(vectors=32),)
+
+
+def test_more_msi_vectors_than_fds_in_a_message() -> None:
+    device = ManyMessages()
+    with serving(device) as server, raw_client(server) as client, ExitStack() as stack:
+        client.write(7, 4, struct.pack("=H", BUS_MASTER | 2))
+        fds = [stack.enter_context(eventfd()) for _ in range(32)]
+        assert client.set_irqs(1, EVENTFD, count=16, fds=fds[:16]) == b""
+        assert client.set_irqs(1, EVENTFD, start=16, count=16, fds=fds[16:]) == b""
+        device.interrupt(3)
+        device.interrupt(20)
+        assert [number for number, fd in enumerate(fds) if taken(fd)] == [3, 20]
+        assert client.set_irqs(1, NONE, count=0) == b""
+        assert client.set_irqs(1, EVENTFD, count=2, fds=fds[:2]) == b""
+        assert client.set_irqs(1, EVENTFD, start=2, count=1, fds=fds[2:3]) == "EINVAL"  # MSI does not grow
 
 
 def test_intx_is_masked_by_itself(client: RawClient, device: Everything) -> None:

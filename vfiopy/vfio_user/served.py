@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Final
 
 from vfiopy import uapi
-from vfiopy.backend import DeviceIo, FileRegions, IrqAction, IrqIndex, MigrationStream, RegionFlag, RegionInfo
-from vfiopy.errors import AddressRangeError, NotSupportedError, VfioError
+from vfiopy.backend import DeviceIo, FileRegions, MigrationStream, RegionFlag, RegionInfo
+from vfiopy.errors import NotSupportedError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.region_info import encode_region_info
+from vfiopy.vfio_user.served_irqs import ServedIrqs
 from vfiopy.vfio_user.wire import Command
 
 __all__ = ["Reply", "ServedDevice"]
@@ -21,11 +21,6 @@ __all__ = ["Reply", "ServedDevice"]
 Reply = tuple[tuple[bytes, ...], tuple[int, ...]]
 """Parts of the payload, and fds, which stay their owner's."""
 
-_DATA: Final = {
-    uapi.VFIO_IRQ_SET_DATA_NONE,
-    uapi.VFIO_IRQ_SET_DATA_BOOL,
-    uapi.VFIO_IRQ_SET_DATA_EVENTFD,
-}
 _OPERATIONS: Final = uapi.VFIO_DEVICE_FEATURE_GET | uapi.VFIO_DEVICE_FEATURE_SET | uapi.VFIO_DEVICE_FEATURE_PROBE
 # What the protocol has. Others hand out fds, or tokens of the kernel.
 _FEATURES: Final = frozenset(
@@ -38,7 +33,6 @@ _FEATURES: Final = frozenset(
     }
 )
 _NOTHING: Final[Reply] = ((), ())
-_LAST_IRQ: Final = max(IrqIndex)
 
 
 class ServedDevice:
@@ -49,10 +43,12 @@ class ServedDevice:
     Args:
         io: the device.
         max_data: the most bytes of one access.
+        max_fds: the most fds that come with one message.
     """
 
-    def __init__(self, io: DeviceIo, max_data: int) -> None:
+    def __init__(self, io: DeviceIo, max_data: int, max_fds: int) -> None:
         self.io = io
+        self._irqs = ServedIrqs(io, max_fds)
         self._max_data = max_data
         self._info = io.info()
         self.commands: dict[int, Callable[[bytearray, list[int]], Reply]] = {
@@ -72,9 +68,7 @@ class ServedDevice:
 
     def quiet(self) -> None:
         """Disable all interrupts: the client that wanted them is gone."""
-        for index in range(min(self._info.num_irqs, _LAST_IRQ + 1)):
-            with suppress(VfioError):  # EINVAL where it is not enabled
-                self.io.set_irqs(index, IrqAction.TRIGGER, 0, 0)
+        self._irqs.quiet(self._info.num_irqs)
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -138,42 +132,11 @@ class ServedDevice:
             self.io.write(write.region, write.offset, write.data[: write.size])
         return (wire.WRITE_MULTI.pack(count),), ()
 
-    # --- interrupts --------------------------------------------------------------------------------------------------
+    # --- the rest ----------------------------------------------------------------------------------------------------
 
     def _set_irqs(self, payload: bytearray, fds: list[int]) -> Reply:
-        record = wire.SET_IRQS.unpack(payload)
-        data = record.flags & uapi.VFIO_IRQ_SET_DATA_TYPE_MASK
-        action = record.flags & uapi.VFIO_IRQ_SET_ACTION_TYPE_MASK
-        if data not in _DATA or action not in tuple(IrqAction) or record.flags & ~(data | action):
-            raise wire.malformed(f"SET_IRQS with flags {record.flags:#x}")
-        bools = bytes(memoryview(payload)[wire.SET_IRQS.size :])
-        if len(bools) != (record.vectors if data == uapi.VFIO_IRQ_SET_DATA_BOOL else 0):
-            raise wire.malformed(f"SET_IRQS of {record.vectors} vectors brings {len(bools)} bytes")
-        if fds and data != uapi.VFIO_IRQ_SET_DATA_EVENTFD:
-            raise wire.malformed("SET_IRQS brings fds, and does not say so")
-        if record.start + record.vectors > self.io.irq_info(record.irq).count:
-            raise AddressRangeError(f"SET_IRQS of vectors {record.start} to {record.start + record.vectors - 1}")
-        where = record.irq, IrqAction(action), record.start, record.vectors
-        if data == uapi.VFIO_IRQ_SET_DATA_EVENTFD:
-            self.io.set_irqs(*where, fds=self._eventfds(record, fds))
-        elif data == uapi.VFIO_IRQ_SET_DATA_BOOL:
-            self.io.set_irqs(*where, bools=[bool(value) for value in bools])
-        else:
-            self.io.set_irqs(*where)
+        self._irqs.set(payload, fds)
         return _NOTHING
-
-    @staticmethod
-    def _eventfds(record: wire.SetIrqs, fds: list[int]) -> Sequence[int]:
-        """Return one fd for each vector; without any, all are taken away."""
-        if not fds:
-            return [-1] * record.vectors
-        if len(fds) != record.vectors:
-            raise wire.malformed(f"SET_IRQS of {record.vectors} vectors brings {len(fds)} eventfds")
-        for fd in fds:
-            os.set_blocking(fd, False)  # or a client that never reads it stops the device
-        return fds
-
-    # --- the rest ----------------------------------------------------------------------------------------------------
 
     def _reset(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
         self.io.reset()

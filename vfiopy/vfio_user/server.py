@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from vfiopy.backend import DeviceIo, Mapper
 from vfiopy.errors import BusyError, StateError, VfioError, VfiopyError
@@ -23,11 +22,11 @@ from vfiopy.vfio_user.client_space import ClientSpace
 from vfiopy.vfio_user.listening import Listener, peer_user
 from vfiopy.vfio_user.served import ServedDevice
 from vfiopy.vfio_user.session import Limits, Session
+from vfiopy.vfio_user.version import Capabilities
 
 __all__ = ["Server"]
 
 _LOG = logging.getLogger(__name__)
-_MAX_DATA: Final = 1 << 20
 
 
 class Server(Resource):
@@ -72,7 +71,8 @@ class Server(Resource):
         self._on_close: Callable[[], object] | None = None
         self._lock = threading.RLock()  # close() against step()
         self._watched: dict[int, int] = {}
-        self._device = ServedDevice(io, _MAX_DATA)
+        ours = Capabilities.ours()
+        self._device = ServedDevice(io, ours.max_data_xfer_size, ours.max_msg_fds)
         self._space = ClientSpace(
             mapper, self._label, max_mappings=limits.max_dma_maps, trust_files=limits.trust_files
         )
