@@ -8,6 +8,7 @@ import typer
 
 from vfiopy import __version__
 from vfiopy.cli.bind import run_bind
+from vfiopy.cli.info import run_info
 from vfiopy.cli.list import run_list
 from vfiopy.cli.restore import run_restore
 from vfiopy.cli.selftest import run_selftest
@@ -39,6 +40,7 @@ def _options(
 
 
 app.command("list")(run_list)
+app.command("info")(run_info)
 app.command("bind")(run_bind)
 app.command("restore")(run_restore)
 app.command("selftest")(run_selftest)
