@@ -71,6 +71,7 @@ class MemorySignals:
     Attributes:
         name: of the device, for messages.
         lock: see above; reentrant.
+        addresses: bus addresses of the device's BARs that somebody has looked up, None where there is none to know.
     """
 
     _known: ClassVar[WeakValueDictionary[str, MemorySignals]] = WeakValueDictionary()
@@ -81,6 +82,7 @@ class MemorySignals:
         self._listeners: WeakSet[MemoryListener] = WeakSet()
         self._causes: dict[Cause, None] = {}
         self._users = 0
+        self.addresses: dict[int, int | None] = {}
 
     @classmethod
     def of(cls, name: str) -> MemorySignals:

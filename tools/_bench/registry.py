@@ -15,6 +15,7 @@ BENCHMARKS = {
     "irq": "tools._bench.irq",
     "iova": "tools._bench.iova",
     "vfio_user": "tools._bench.vfio_user",
+    "p2p": "tools._bench.p2p",
 }
 
 

@@ -77,16 +77,19 @@ class DmaBufMapping:
     Attributes:
         space: the address space.
         mapping: the plain mapping below; its ``iova`` is there whatever the state.
-        paths: how the space's devices reach the memory; only from ``peer()``.
     """
 
     def __init__(
-        self, space: ImportingSpace, mapping: Mapping, memory: ImportedMemory, paths: Sequence[PeerPath] = ()
+        self,
+        space: ImportingSpace,
+        mapping: Mapping,
+        memory: ImportedMemory,
+        find_paths: Callable[[], Sequence[PeerPath]] = tuple,
     ) -> None:
         self.space = space
         self.mapping = mapping
-        self.paths = tuple(paths)
         self._memory = memory
+        self._find_paths = find_paths
 
     # --- looking ---
 
@@ -100,6 +103,11 @@ class DmaBufMapping:
     def cause(self) -> Cause | None:
         """Why it was revoked."""
         return self._memory.cause
+
+    @property
+    def paths(self) -> tuple[PeerPath, ...]:
+        """How each device of the space reaches the memory, read from sysfs now; only of what ``peer()`` made."""
+        return tuple(self._find_paths())
 
     @property
     def watched(self) -> bool:
@@ -265,7 +273,7 @@ class DmaBufMapping:
         except BaseException:
             _let_go(space, twin, own)
             raise
-        return DmaBufMapping(space, mapping, copy, self.paths)
+        return DmaBufMapping(space, mapping, copy)
 
     def __bool__(self) -> bool:
         return bool(self.mapping)
@@ -339,7 +347,12 @@ def _part(buffer: DmaBuf, offset: int, size: int | None) -> Area:
 
 
 def import_dmabuf(
-    space: ImportingSpace, buffer: DmaBuf, part: tuple[int, int | None], prot: Prot, place: dict[str, Any]
+    space: ImportingSpace,
+    buffer: DmaBuf,
+    part: tuple[int, int | None],
+    prot: Prot,
+    place: dict[str, Any],
+    find_paths: Callable[[], Sequence[PeerPath]] = tuple,
 ) -> DmaBufMapping:
     """See :meth:`vfiopy.AddressSpace.import_dmabuf`.
 
@@ -349,6 +362,7 @@ def import_dmabuf(
         part: offset and size in bytes, None for the rest.
         prot: what devices may do.
         place: ``iova``, ``limit`` and ``alignment`` of ``AddressSpace.map()``.
+        find_paths: see :attr:`DmaBufMapping.paths`.
     """
     buffer.check_open()
     area = _part(buffer, *part)
@@ -370,7 +384,7 @@ def import_dmabuf(
     origin.look()
     memory = ImportedMemory(origin)
     own = OwnedFd(buffer.fileno())  # for mappers that join later; it goes when the memory is unmapped
-    window = replace(_window(origin, area), dmabuf_fd=own.fd, owner=(memory, own))
+    window = _window(origin, area, own.fd, (memory, own))
     try:
         with origin.signals.lock:
             if origin.signals.over:
@@ -384,7 +398,7 @@ def import_dmabuf(
     except BaseException:
         _let_go(space, window, own)
         raise
-    return DmaBufMapping(space, mapping, memory)
+    return DmaBufMapping(space, mapping, memory, find_paths)
 
 
 def _let_go(space: ImportingSpace, window: DeviceWindow, own: OwnedFd) -> None:
@@ -393,10 +407,9 @@ def _let_go(space: ImportingSpace, window: DeviceWindow, own: OwnedFd) -> None:
         own.close()
 
 
-def _window(origin: Origin, area: Area) -> DeviceWindow:
+def _window(origin: Origin, area: Area, fd: int, owner: object) -> DeviceWindow:
     region, start, physical = -1, 0, 0
     if isinstance(origin, BarOrigin):
         region, start = origin.index, origin.areas[0].offset
         physical = origin.ranges[0].offset + area.offset if origin.ranges else 0
-    return DeviceWindow(region, start + area.offset, area.size, -1, 0, None, area.offset, physical)
-
+    return DeviceWindow(region, start + area.offset, area.size, fd, 0, owner, area.offset, physical)

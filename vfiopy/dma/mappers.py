@@ -35,6 +35,7 @@ class MapperSet:
     Attributes:
         kinds: the kinds of memory that every mapper takes.
         in_python: the mappers that native code cannot call by itself.
+        by_address: the mappers that need device memory to be mapped in this process: type1, devices that are software.
     """
 
     def __init__(self, book: IovaSpace, label: str) -> None:
@@ -43,6 +44,7 @@ class MapperSet:
         self._tokens: dict[Mapper, int | None] = {}
         self._members: dict[Mapper, list[Member]] = {}
         self.in_python: list[Mapper] = []
+        self.by_address: list[Mapper] = []
         self._lock = RLock()
         self.kinds = _EVERYTHING
 
@@ -149,10 +151,11 @@ class MapperSet:
     def refresh(self) -> None:
         """Tell the book what all mappers together can do; without one the last geometry stays, and maps are kept."""
         self._book.set_stepwise(bool(self.in_python))
-        if not self._tokens:
+        traits = [mapper.traits() for mapper in self._tokens]
+        self.by_address = [mapper for mapper, its in zip(self._tokens, traits, strict=True) if not its.dmabufs]
+        if not traits:
             self.kinds = _EVERYTHING
             return
-        traits = [mapper.traits() for mapper in self._tokens]
         self.kinds = _EVERYTHING.intersection(*(trait.memory for trait in traits))
         limits = [trait.max_mappings for trait in traits if trait.max_mappings]
         usable: list[IovaRange] = reduce(_intersect, [mapper.ranges() for mapper in self._tokens])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vfiopy.backend import Area, BarPort, BookReader, DeviceWindow, Prot, RegionIndex, TellingIo
@@ -39,7 +40,7 @@ def peer(
     prot: Prot,
     place: dict[str, Any],
     *,
-    devices: Iterable[str],
+    devices: Sequence[str],
     never_revoked: bool,
 ) -> DmaBufMapping:
     """See :meth:`vfiopy.AddressSpace.peer`.
@@ -65,7 +66,7 @@ def peer(
             object=region.name,
             hint="device.memory_enabled = True",
         )
-    paths = _paths(port.io.name, devices)
+    paths = partial(_paths, port.io.name, devices)
     by_address = space.by_address()
     software = [mapper for mapper in by_address if isinstance(mapper, BookReader)]
     if len(by_address) > len(software) and not never_revoked:
@@ -79,9 +80,7 @@ def peer(
     if by_address:
         return _by_address(space, region, area, prot, place, paths, listens=len(by_address) == len(software))
     with DmaBuf.of_bar(region, area) as buffer:
-        found = import_dmabuf(space, buffer, (0, None), prot, place)
-    found.paths = paths
-    return found
+        return import_dmabuf(space, buffer, (0, None), prot, place, paths)
 
 
 def _part(region: Region, offset: int, size: int | None) -> Area:
@@ -109,7 +108,7 @@ def _by_address(
     area: Area,
     prot: Prot,
     place: dict[str, Any],
-    paths: tuple[PeerPath, ...],
+    paths: Callable[[], Sequence[PeerPath]],
     *,
     listens: bool,
 ) -> DmaBufMapping:
@@ -132,7 +131,7 @@ def _by_address(
     return DmaBufMapping(space, mapping, memory, paths)
 
 
-def _paths(target: str, devices: Iterable[str]) -> tuple[PeerPath, ...]:
+def _paths(target: str, devices: Sequence[str]) -> tuple[PeerPath, ...]:
     """How each device of the space reaches the target; none for devices that are software."""
     found = []
     with suppress(PciAddressError):

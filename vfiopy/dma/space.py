@@ -10,21 +10,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from vfiopy._native import SpaceBase
-from vfiopy.backend import (
-    Copier,
-    DeviceWindow,
-    FileMemory,
-    HostMemory,
-    IovaRange,
-    Mapper,
-    Memory,
-    MemoryKind,
-    Prot,
-)
+from vfiopy.backend import FileMemory, HostMemory, IovaRange, Mapper, Memory, MemoryKind, Prot
 from vfiopy.dma.buffer import Allocation, DmaArray, allocate_pages
 from vfiopy.dma.mappers import MapperSet, Member
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, let_go, memory_of, round_to_pages
+from vfiopy.dma.peer_memory import ANY_IOVA, PeerMemory
 from vfiopy.dma.waiting import unmap_async
 from vfiopy.errors import AlignmentError, MemoryKindError, NotMappedError, StateError
 from vfiopy.iova import IovaMapping, IovaSpace
@@ -34,16 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from typing_extensions import Buffer
 
-    from vfiopy.dma.imports import DmaBufMapping
-    from vfiopy.dmabuf import DmaBuf
-    from vfiopy.mmio import Region
-
 __all__ = ["AddressSpace", "Member"]
 
-ANY_IOVA = (1 << 64) - 1
 
-
-class AddressSpace(Resource, SpaceBase):
+class AddressSpace(PeerMemory):
     """A DMA address space: what its devices can reach, and at which IOVA.
 
     Open one to put several devices into it; ``vfiopy.open()`` makes one of its own where none is given.
@@ -58,8 +43,6 @@ class AddressSpace(Resource, SpaceBase):
     """
 
     _rank = -10
-
-    book: IovaSpace
 
     def __init__(self, name: str = "dma") -> None:
         Resource.__init__(self, f"address space '{name}'")
@@ -76,11 +59,6 @@ class AddressSpace(Resource, SpaceBase):
         self._direct = self._open and not mappers.in_python and MemoryKind.HOST in mappers.kinds
 
     # --- mappers and devices -------------------------------------------------------------------------------------
-
-    @property
-    def mappers(self) -> tuple[Mapper, ...]:
-        """The mappers of this space, in the order in which they came."""
-        return tuple(self._mappers)
 
     def join(self, mapper: Mapper, member: Member) -> None:
         """Take a device in: called by ``vfiopy.open()``.
@@ -135,21 +113,6 @@ class AddressSpace(Resource, SpaceBase):
             if ready is not memory:
                 let_go(ready)
             raise
-
-    def _map_ready(
-        self, ready: Memory, rights: Prot, iova: int | None, limit: int, alignment: int, *, transient: bool = False
-    ) -> Mapping:
-        self._mappers.check_kind(ready.kind)
-        if iova is not None and iova < 0:  # which would mean "anywhere" below
-            raise ValueError(f"iova must be an int from 0 to 2**64 - 1, not {iova}")
-        wanted = self._mappers.place(ready) if iova is None else iova
-        arguments = _arguments(ready, rights, wanted, limit, alignment, transient=transient)
-        if not self._mappers.in_python:
-            mapping = self._map_memory(*arguments)
-            if mapping is not None:  # else a mapper in Python joined since we looked
-                return mapping
-        at, serial = self._mappers.map(ready, rights, arguments)
-        return Mapping(self, at, ready.size, ready.address, rights, serial)
 
     def _map_many_slowly(self, memories: Iterable[Memory | Buffer], prot: int, limit: int) -> list[Mapping]:
         done: list[Mapping] = []
@@ -285,113 +248,6 @@ class AddressSpace(Resource, SpaceBase):
         buffer[:] = view
         return buffer
 
-    # --- memory of other devices ---------------------------------------------------------------------------------
-
-    def import_dmabuf(
-        self,
-        buffer: DmaBuf,
-        *,
-        offset: int = 0,
-        size: int | None = None,
-        iova: int | None = None,
-        prot: Prot = Prot.RW,
-        limit: int = ANY_IOVA,
-        alignment: int = 0,
-    ) -> DmaBufMapping:
-        """Make the memory of a dma-buf reachable, by page frame: no page structures, no pins, no CPU (Linux 6.19).
-
-        Args:
-            buffer: what a BAR was exported as, by this process or another; it may be closed afterwards.
-            offset, size: the part, bytes, whole pages; all of it by default. It may be imported several times.
-            iova, prot, limit, alignment: see :meth:`map`.
-
-        Raises:
-            NotSupportedError: no BAR's dma-buf, or one of several ranges; the hint says what works instead.
-            MemoryKindError: a device of the space is not on iommufd.
-            RevokedError: the exporter does not decode memory now, or is closed.
-            OverlapError, IovaRangeError, AlignmentError, NoSpaceError: see :meth:`map`.
-        """
-        from vfiopy.dma.imports import import_dmabuf  # noqa: PLC0415  above this file: it maps through it
-
-        self.check_open()
-        drain_finalizers()
-        place = {"iova": iova, "limit": limit, "alignment": alignment}
-        return import_dmabuf(self, buffer, (offset, size), prot, place)
-
-    def peer(
-        self,
-        region: Region,
-        *,
-        offset: int = 0,
-        size: int | None = None,
-        iova: int | None = None,
-        prot: Prot = Prot.RW,
-        limit: int = ANY_IOVA,
-        alignment: int = 0,
-        never_revoked: bool = False,
-    ) -> DmaBufMapping:
-        """Make another device's BAR reachable, by the right road: ``space.peer(device_b.bars[2])``.
-
-        On iommufd that is a dma-buf (Linux 6.19), which dies with its exporter. For devices that are software, and for
-        type1 if you accept what that means, it is the BAR's mapping in this process; the device cannot be closed
-        before it is unmapped.
-
-        Args:
-            region: ``device.bars[n]`` of an open device.
-            offset, size: the part, bytes, whole pages; all of it by default.
-            iova, prot, limit, alignment: see :meth:`map`.
-            never_revoked: accept type1's road. The kernel does not take such a mapping back when the device is reset,
-                powered down or closed.
-
-        Returns:
-            The mapping; its ``paths`` say how each device of the space gets there, through which bridges, and what
-            their ACS does to it.
-
-        Raises:
-            NotSupportedError: no BAR, one smaller than a page, or a kernel or driver that cannot export it.
-            MemoryKindError: a device of the space is on type1, and that was not accepted.
-            RevokedError: the device does not decode memory now.
-            AlignmentError, AddressRangeError, OverlapError, IovaRangeError, NoSpaceError: see :meth:`map`.
-        """
-        from vfiopy.dma.peer import peer  # noqa: PLC0415  as above
-
-        self.check_open()
-        drain_finalizers()
-        place = {"iova": iova, "limit": limit, "alignment": alignment}
-        names = [getattr(member, "name", "") for member in self._mappers.members()]
-        return peer(self, region, (offset, size), prot, place, devices=names, never_revoked=never_revoked)
-
-    def by_address(self) -> list[Mapper]:
-        """The mappers that need device memory to be mapped in this process: type1, and devices that are software."""
-        return [mapper for mapper in self._mappers if not mapper.traits().dmabufs]
-
-    def map_window(self, window: DeviceWindow, prot: Prot, *, iova: int | None, limit: int, alignment: int) -> Mapping:
-        """Map device memory; for :mod:`vfiopy.dma.imports`, under whose locks nothing else may run."""
-        self.check_open()
-        return self._map_ready(window, prot, iova, limit, alignment)
-
-    def copy_window(
-        self, window: DeviceWindow, prot: Prot, iova: int | None, copier: Copier, source: Mapper, source_iova: int
-    ) -> Mapping:
-        """Have the only mapper of this space share what another one has mapped; for :mod:`vfiopy.dma.imports`."""
-        self.check_open()
-        wanted = -1 if iova is None else iova
-        arguments = (*_arguments(window, prot, wanted, ANY_IOVA, 0), True)  # the mapper has it: see the commit below
-        with self.book.begin_map(*arguments) as reserved:
-            copier.copy_from(source, source_iova, window.size, prot, reserved.iova)
-            try:
-                serial = reserved.commit()  # no call: the copy is what the mapper is to have
-            except BaseException:
-                if reserved.serial is None:
-                    self.mappers[0].unmap(reserved.iova, window.size)
-                raise
-            return Mapping(self, reserved.iova, window.size, 0, prot, serial)
-
-    def restore(self, mapping: Mapping) -> None:
-        """Unmap a revoked mapping and map it again at the same IOVA; for :mod:`vfiopy.dma.imports`."""
-        self.check_open()
-        self.book.restore(mapping.iova, mapping.serial)
-
     # --- looking -------------------------------------------------------------------------------------------------
 
     def find(self, iova: int) -> Mapping | None:
@@ -456,20 +312,3 @@ class AddressSpace(Resource, SpaceBase):
             else:
                 allocation.close()  # nothing is left to unmap; it only learns that it is over
         self._direct = False
-
-
-def _arguments(
-    memory: Memory, prot: Prot, iova: int, limit: int, alignment: int, *, transient: bool = False
-) -> tuple[Any, ...]:
-    """Arguments of the book's map()."""
-    physical = memory.physical if isinstance(memory, DeviceWindow) else 0
-    place = (int(prot), iova, limit, alignment, int(memory.kind))
-    return (memory, memory.address, memory.size, *place, *_fd_of(memory), transient, physical)
-
-
-def _fd_of(memory: Memory) -> tuple[int, int]:
-    if isinstance(memory, FileMemory):
-        return memory.fd, memory.offset
-    if isinstance(memory, DeviceWindow):
-        return memory.dmabuf_fd, memory.dmabuf_offset
-    return -1, 0

@@ -60,7 +60,9 @@ class BarOrigin(Origin):
     """
 
     def __init__(self, signals: MemorySignals, region: Region, index: int, areas: tuple[Area, ...]) -> None:
-        start = _bus_address(signals.name, index)
+        if index not in signals.addresses:  # the kernel does not move BARs while the device is open
+            signals.addresses[index] = _bus_address(signals.name, index)
+        start = signals.addresses[index]
         ranges = None if start is None else tuple(Area(start + area.offset, area.size) for area in areas)
         super().__init__(signals, ranges)
         self.region = region
