@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from dmabuf_support import BAR_SIZE, PAGE, Peers, export, no_dmabuf_left
-from modes import EDU, IVSHMEM
+from modes import E1000E, EDU, IVSHMEM
 
 import vfiopy
 from vfiopy import DmaBuf, ImportState
@@ -89,6 +89,32 @@ def test_02_regions_that_cannot_be_exported(peers: Peers) -> None:
     device = vfiopy.open("emulated:edu")
     with device, pytest.raises(NotSupportedError, match="emulated devices have no dma-bufs"):
         DmaBuf.of_bar(device.bars[0])
+
+
+def test_02_what_the_kernel_says_itself(peers: Peers, bdf: Bdf) -> None:
+    import fcntl  # noqa: PLC0415
+
+    from vfiopy import uapi  # noqa: PLC0415
+
+    calls = peers.exporter.io.calls  # type: ignore[attr-defined]
+    with pytest.raises(AddressRangeError, match="beyond 64 bits"):
+        calls.dma_buf(2, [Area((1 << 64) - PAGE, PAGE)])
+    with pytest.raises(OSError, match="Bad address"):
+        fcntl.ioctl(calls.fileno(), uapi.VFIO_DEVICE_FEATURE, 8)
+    layout, item = uapi.vfio_device_feature_dma_buf, uapi.vfio_region_dma_range
+    data = layout.new(item.size, region_index=2, open_flags=2, flags=1, nr_ranges=1)
+    item.put(data, "length", PAGE, layout.size)
+    with pytest.raises(AlignmentError):  # EINVAL: unknown flags
+        calls.feature(uapi.VFIO_DEVICE_FEATURE_DMA_BUF, uapi.VFIO_DEVICE_FEATURE_GET, bytes(data))
+    card = bdf(E1000E)
+    with vfiopy.bind(card), vfiopy.open(card) as device:
+        kinds = [one.flags & 0x100 for one in vfiopy.function(card).resources[:3]]  # IORESOURCE_IO
+        index = next(one.index for one, io in zip(vfiopy.function(card).resources, kinds, strict=False) if io)
+        with pytest.raises(NotSupportedError, match=r"less than a page|I/O BAR"):
+            DmaBuf.of_bar(device.bars[index])
+        with pytest.raises(vfiopy.VfioError) as caught:
+            device.io.calls.dma_buf(index, [Area(0, PAGE)])  # type: ignore[attr-defined]
+        assert caught.value.errno == 22
 
 
 def test_04_dma_read_from_the_bar(peers: Peers) -> None:
