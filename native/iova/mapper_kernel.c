@@ -94,7 +94,7 @@ static int type1_change_process(const struct vfiopy_mapper *mapper, const char *
     return EOPNOTSUPP; /* the new process takes over each mapping with an address of its own */
 }
 
-static int ioas_map(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping, const char **name)
+static int ioas_try_map(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping, const char **name)
 {
     uint32_t flags = VFIOPY_IOMMU_IOAS_MAP_FIXED_IOVA |
                      (mapping->prot & VFIOPY_PROT_READ ? VFIOPY_IOMMU_IOAS_MAP_READABLE : 0) |
@@ -144,6 +144,21 @@ static int ioas_unmap(const struct vfiopy_mapper *mapper, struct vfiopy_range ra
     *name = "IOMMU_IOAS_UNMAP";
     error = call(mapper, VFIOPY_IOMMU_IOAS_UNMAP, &unmap);
     *unmapped = error ? 0 : unmap.length;
+    return error;
+}
+
+static int ioas_map(const struct vfiopy_mapper *mapper, const struct vfiopy_mapping *mapping, const char **name)
+{
+    int error = ioas_try_map(mapper, mapping, name);
+
+    /* EFAULT may mean that the answer could not be written, after the mapping was made. The range is ours alone. */
+    if (error == EFAULT) {
+        struct vfiopy_range range = {mapping->iova.first, mapping->iova.last};
+        const char *ignored;
+        uint64_t unmapped;
+
+        ioas_unmap(mapper, range, &unmapped, &ignored);
+    }
     return error;
 }
 

@@ -27,7 +27,8 @@ bool vfiopy_space_set_revoked(struct vfiopy_space *space, uint64_t iova, uint64_
     return mapping;
 }
 
-/* Without the lock: take what is stale out of each mapper, then map it anew in all that are active. */
+/* Without the lock: take what is stale out of each mapper, then map it anew in all that are active. What is stale is
+ * there: a mapper that says it is not is not believed, or its range would stay taken for good. */
 static int map_anew(struct vfiopy_space *space, const struct vfiopy_mapping *mapping, uint32_t *there, uint32_t active,
                     struct vfiopy_failure *failure)
 {
@@ -36,8 +37,6 @@ static int map_anew(struct vfiopy_space *space, const struct vfiopy_mapping *map
 
     for (uint32_t left = *there; left && !result; left = vfiopy_without_lowest(left)) {
         result = vfiopy_unmap_in(vfiopy_lowest(space, left), mapping, failure);
-        if (result && vfiopy_not_there(failure))
-            result = VFIOPY_OK;
         if (!result)
             *there &= ~(left & -left);
     }

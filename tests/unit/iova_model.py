@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,6 +121,8 @@ class Model(Geometry):
             return errors.MemoryKindError
         call = "IOMMU_IOAS_MAP_FILE" if it.fd >= 0 else "IOMMU_IOAS_MAP"
         number = self.kernel.map(mapper.fd, it.iova, it.entry(ioas=mapper.ioas))
+        if number == errno.EFAULT and mapper.ioas:  # the answer may have been lost, after the mapping was made
+            self.kernel.unmap(mapper.fd, it.iova, it.size, ioas=True)
         if number:
             return type(errors.from_errno(number, call=call if mapper.ioas else "VFIO_IOMMU_MAP_DMA", object=""))
         it.slots.add(mapper.slot)

@@ -84,7 +84,7 @@ def test_failure_in_the_second_mapper_undoes_the_first(space: IovaSpace, kernel:
         space.map(memory, HERE, PAGE, 3)
     assert caught.value.errno == errno.EFAULT
     assert "IOVA 0x1000-0x1fff" in str(caught.value)
-    assert kernel.tables == {10: {}}
+    assert not any(kernel.tables.values())
     assert len(space) == 0
     del memory
     gc.collect()

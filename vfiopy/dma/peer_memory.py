@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vfiopy._native import SpaceBase
 from vfiopy.backend import Copier, DeviceWindow, FileMemory, Mapper, Memory, Prot
 from vfiopy.dma.mappers import MapperSet
 from vfiopy.dma.mapping import Mapping
+from vfiopy.errors import VfioError
 from vfiopy.iova import IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
 
@@ -139,7 +142,13 @@ class PeerMemory(Resource, SpaceBase):
         wanted = -1 if iova is None else iova
         arguments = (*_arguments(window, prot, wanted, ANY_IOVA, 0), True)  # the mapper has it: see the commit below
         with self.book.begin_map(*arguments) as reserved:
-            copier.copy_from(source, source_iova, window.size, prot, reserved.iova)
+            try:
+                copier.copy_from(source, source_iova, window.size, prot, reserved.iova)
+            except VfioError as error:
+                if error.errno == errno.EFAULT:  # the answer could not be written: the copy may have been made
+                    with suppress(VfioError):
+                        self.mappers[0].unmap(reserved.iova, window.size)
+                raise
             try:
                 serial = reserved.commit()  # no call: the copy is what the mapper is to have
             except BaseException:
