@@ -7,6 +7,8 @@
  */
 #include "mappers.h"
 
+#include <errno.h>
+
 /* With the lock. NULL where it is not mapped any more, or something else is. */
 static struct vfiopy_mapping *same(const struct vfiopy_space *space, uint64_t iova, uint64_t serial)
 {
@@ -27,16 +29,24 @@ bool vfiopy_space_set_revoked(struct vfiopy_space *space, uint64_t iova, uint64_
     return mapping;
 }
 
-/* Without the lock: take what is stale out of each mapper, then map it anew in all that are active. What is stale is
- * there: a mapper that says it is not is not believed, or its range would stay taken for good. */
+/*
+ * Without the lock: take what is stale out of each mapper, then map it anew in all that are active.
+ *
+ * A mapper that says that it does not have it may be right (an unmap before could not be answered) or not; mapping it
+ * tells. Then it is still there for the next try.
+ */
 static int map_anew(struct vfiopy_space *space, const struct vfiopy_mapping *mapping, uint32_t *there, uint32_t active,
                     struct vfiopy_failure *failure)
 {
-    uint32_t done = 0;
+    uint32_t done = 0, denied = 0;
     int result = VFIOPY_OK;
 
     for (uint32_t left = *there; left && !result; left = vfiopy_without_lowest(left)) {
         result = vfiopy_unmap_in(vfiopy_lowest(space, left), mapping, failure);
+        if (result && vfiopy_not_there(failure)) {
+            denied |= left & -left;
+            result = VFIOPY_OK;
+        }
         if (!result)
             *there &= ~(left & -left);
     }
@@ -44,6 +54,8 @@ static int map_anew(struct vfiopy_space *space, const struct vfiopy_mapping *map
         result = vfiopy_map_in(vfiopy_lowest(space, left), mapping, failure);
         if (!result)
             done |= left & -left;
+        else if (failure->error == EEXIST)
+            *there |= denied & left & -left;
     }
     if (result)
         done = vfiopy_mappers_undo(space, mapping, done, vfiopy_unmap_in);

@@ -152,6 +152,7 @@ static void each_call_fails(void)
 {
     fails(ENODEV);
     fails(EBUSY);
+    fails(ENOENT); /* it says that it is not there, but it is */
 }
 
 int main(void)
