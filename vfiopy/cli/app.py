@@ -10,6 +10,7 @@ from vfiopy import __version__
 from vfiopy.cli.bind import run_bind
 from vfiopy.cli.info import run_info
 from vfiopy.cli.list import run_list
+from vfiopy.cli.new_device import run_new_device
 from vfiopy.cli.restore import run_restore
 from vfiopy.cli.selftest import run_selftest
 from vfiopy.cli.serve import run_serve
@@ -45,3 +46,4 @@ app.command("bind")(run_bind)
 app.command("restore")(run_restore)
 app.command("selftest")(run_selftest)
 app.command("serve")(run_serve)
+app.command("new-device")(run_new_device)
