@@ -8,6 +8,7 @@ import typer
 
 from vfiopy import __version__
 from vfiopy.cli.bind import run_bind
+from vfiopy.cli.doctor import run_doctor
 from vfiopy.cli.info import run_info
 from vfiopy.cli.list import run_list
 from vfiopy.cli.new_device import run_new_device
@@ -42,6 +43,7 @@ def _options(
 
 app.command("list")(run_list)
 app.command("info")(run_info)
+app.command("doctor")(run_doctor)
 app.command("bind")(run_bind)
 app.command("restore")(run_restore)
 app.command("selftest")(run_selftest)

@@ -1,0 +1,82 @@
+"""``vfiopy doctor``: why a device cannot be used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vfiopy.cli.common import console, print_json, refusals_told, system_of
+from vfiopy.doctor import Finding, Report, Severity, examine
+from vfiopy.pci import find, function
+
+__all__ = ["run_doctor"]
+
+_COLOURS = {Severity.BLOCKS: "bold red", Severity.LIMITS: "yellow", Severity.NOTE: "cyan"}
+
+
+def run_doctor(
+    context: typer.Context,
+    address: Annotated[
+        str | None, typer.Argument(help="PCI address; left out: the machine, and each device bound to VFIO.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Say why a device cannot be opened, mapped or reset: cause, evidence, remedy, what to fix first.
+
+    Opens and changes nothing. Exit status 1 when something keeps a device from being used.
+    """
+    system = system_of(context)
+    with refusals_told():
+        if address is None:
+            functions = find(predicate=lambda one: one.is_vfio, system=system)
+        else:
+            functions = [function(address, system=system)]
+        report = examine(functions, system=system)
+    if as_json:
+        print_json(_as_dict(report))
+    else:
+        _print(console(), report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _finding(finding: Finding) -> dict[str, str]:
+    return {
+        "check": finding.check,
+        "object": finding.object,
+        "severity": finding.problem.severity.value,
+        "cause": finding.problem.cause,
+        "evidence": finding.problem.evidence,
+        "remedy": finding.problem.remedy,
+    }
+
+
+def _as_dict(report: Report) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "ok": report.ok,
+        "findings": [_finding(finding) for finding in report.findings],
+        "passed": [{"object": where, "check": name} for where, name in report.passed],
+        "skipped": [{"object": where, "check": name, "reason": reason} for where, name, reason in report.skipped],
+    }
+
+
+def _print(screen: Console, report: Report) -> None:
+    for number, finding in enumerate(report.findings, 1):
+        problem = finding.problem
+        screen.print(
+            Text.assemble(
+                f"{number}. ",
+                (problem.severity.value, _COLOURS[problem.severity]),
+                f"  {finding.object}: ",
+                (problem.cause, "bold"),
+            )
+        )
+        screen.print(Text.assemble(("   evidence: ", "dim"), problem.evidence))
+        screen.print(Text.assemble(("   remedy:   ", "dim"), problem.remedy))
+    for where, name, reason in report.skipped:
+        screen.print(Text(f"not checked: {where}, {name}: {reason}", style="dim"))
+    verdict = "nothing keeps it from being used" if report.ok else "fix the first one first"
+    screen.print(f"{len(report.findings)} found, {len(report.passed)} checks passed: {verdict}")

@@ -1,0 +1,167 @@
+"""Checks of a function that VFIO holds: can it be opened, and what will not work then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from vfiopy.doctor.finding import DeviceCheck, Problem, Severity
+from vfiopy.pci import Function
+from vfiopy.pci.config import Command, decode_header
+from vfiopy.pci.holders import vfio_holders
+
+__all__ = ["OPENING_CHECKS"]
+
+_CAP_SYS_RAWIO = 17  # linux/capability.h
+
+
+def _cdev(one: Function) -> Iterator[Problem]:
+    missing = one.cdev_missing
+    if not one.is_vfio or not missing:
+        return
+    group = one.group_node
+    works = group is not None and group.exists()
+    stale = one.cdev_node is not None or (group is not None and not works)
+    yield Problem(
+        Severity.LIMITS if works else Severity.BLOCKS,
+        "the device is there, its character device is not" if works else "it is bound, and has no node to open",
+        missing,
+        "mount a fresh devtmpfs, or hand the node to the container"
+        if stale
+        else "it can be opened through its group; for iommufd boot a kernel with CONFIG_VFIO_DEVICE_CDEV",
+    )
+
+
+def _held(one: Function) -> Iterator[Problem]:
+    if not one.is_vfio:
+        return
+    # Group and character devices exclude each other: an open device of another member holds the group too.
+    holders = {str(holder): None for member in one.group_members() if member.is_vfio for holder in vfio_holders(member)}
+    if holders:
+        yield Problem(
+            Severity.BLOCKS,
+            "a process uses it or a device of its group (EBUSY)",
+            "; ".join(holders),
+            "end that process or close the file there; a leaked fd of your own counts",
+        )
+
+
+def _permissions(one: Function) -> Iterator[Problem]:
+    dev = one.system.dev
+    ways = [
+        [node, shared]
+        for node, shared in ((one.cdev_node, dev / "iommu"), (one.group_node, dev / "vfio/vfio"))
+        if node is not None and node.exists() and shared.exists()
+    ]
+    refused = [[node for node in way if not os.access(node, os.R_OK | os.W_OK)] for way in ways]
+    if not one.is_vfio or not refused or not all(refused):
+        return
+    nodes = list(dict.fromkeys(node for way in refused for node in way))
+    modes = (f"{node} is {node.stat().st_mode & 0o777:04o} of uid {node.stat().st_uid}" for node in nodes)
+    yield Problem(
+        Severity.BLOCKS,
+        "this user may not open its nodes (EACCES)",
+        "; ".join(modes),
+        f"as root: vfiopy.pci.grant('{one}', user=...), or a udev rule from vfiopy.pci.udev_rule()",
+    )
+
+
+def _noiommu(one: Function) -> Iterator[Problem]:
+    if not one.is_vfio or not one.is_noiommu:
+        return
+    status = one.system.text(one.system.proc / "self/status") or ""
+    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), "0")
+    able = bool(int(mask, 16) & 1 << _CAP_SYS_RAWIO)
+    yield Problem(
+        Severity.NOTE if able else Severity.BLOCKS,
+        "VFIO has it without an IOMMU: nothing keeps its DMA in bounds" + ("" if able else ", so opening takes root"),
+        f"its group is noiommu; CAP_SYS_RAWIO: {'yes' if able else 'no'}",
+        "know what you do, and say so to open()" if able else "run with CAP_SYS_RAWIO",
+    )
+
+
+def _token(one: Function) -> Iterator[Problem]:
+    pf = None if one.physfn is None else Function(one.physfn, one.system)
+    if one.is_vfio and pf is not None and pf.is_vfio:
+        yield Problem(
+            Severity.NOTE,
+            "it is a virtual function of a physical function that VFIO holds: opening needs the token that was "
+            "given to that one (EACCES without)",
+            f"{pf} is bound to {pf.driver}",
+            "pass vf_token= to open(), the same for both",
+        )
+
+
+def _memory_off(one: Function) -> Iterator[Problem]:
+    if one.is_vfio and vfio_holders(one) and not decode_header(one.read_config).command & Command.MEMORY:
+        yield Problem(
+            Severity.LIMITS,
+            "a process has it open and its memory decode is off: registers fault, BAR exports are revoked (ENODEV)",
+            "command register bit 1 is 0",
+            "the process that has it open sets device.memory_enabled = True, before it exports or imports a BAR",
+        )
+
+
+def _power(one: Function) -> Iterator[Problem]:
+    state = one.system.text(one.sysfs / "power_state")
+    if state not in ("D3hot", "D3cold"):
+        return
+    yield Problem(
+        Severity.NOTE,
+        f"it sleeps ({state})"
+        + ("; opening wakes it, and vfio-pci puts it back when nobody has it open" if one.is_vfio else ""),
+        f"{one.sysfs}/power_state is {state}",
+        f"if it does not wake well: modprobe vfio-pci disable_idle_d3=1, or echo on > {one.sysfs}/power/control",
+    )
+
+
+def _reset(one: Function) -> Iterator[Problem]:
+    if not one.header_type and not one.reset_methods:
+        yield Problem(
+            Severity.LIMITS,
+            "the kernel has no way to reset it alone: a user gets it as the last one left it, reset() is EINVAL",
+            f"{one.sysfs}/reset_method is missing or empty",
+            "reset it by its own registers, or hot-reset its whole bus with all devices on it open",
+        )
+
+
+def _unassigned(one: Function) -> Iterator[Problem]:
+    bars = [each.name for each in one.resources if each.index < 6 and each.size > 1 and not each.start]
+    if bars and not one.header_type:
+        yield Problem(
+            Severity.LIMITS,
+            "the system gave no addresses to a part of it, so that part cannot be reached",
+            f"no address: {', '.join(bars)}",
+            "firmware: above 4G decoding, resizable BAR; kernel: pci=realloc",
+        )
+
+
+def _wide_group(one: Function) -> Iterator[Problem]:
+    far = [
+        other
+        for other in one.group_members()
+        if other.address.slot != one.address.slot and not other.is_bridge and not one.header_type
+    ]
+    if far:
+        yield Problem(
+            Severity.NOTE,
+            "its group spans several devices: a bridge above them cannot keep them apart (no ACS), so they go to one "
+            "user together",
+            f"group {one.iommu_group} has also {', '.join(map(str, far))}",
+            "another slot, or a kernel with pci=config_acs=; patches that override ACS take the isolation away",
+        )
+
+
+OPENING_CHECKS: tuple[DeviceCheck, ...] = (
+    DeviceCheck("character device", _cdev),
+    DeviceCheck("held", _held),
+    DeviceCheck("permissions", _permissions),
+    DeviceCheck("no IOMMU", _noiommu),
+    DeviceCheck("token", _token),
+    DeviceCheck("memory decode", _memory_off),
+    DeviceCheck("reset", _reset),
+    DeviceCheck("unassigned BAR", _unassigned),
+    DeviceCheck("power", _power),
+    DeviceCheck("wide group", _wide_group),
+)
+"""In order of what to fix first."""
