@@ -7,24 +7,36 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vfiopy._shim import lib
-from vfiopy.dmabuf.origin import BarOrigin
+from vfiopy.dmabuf.origin import BarOrigin, Origin
 from vfiopy.errors import AddressRangeError, NotSupportedError, RevokedError
-from vfiopy.kernel.ioctl import SyncAccess
+from vfiopy.kernel.ioctl import DmaBufFd, SyncAccess
 from vfiopy.lives import retire
 from vfiopy.mmio import numpy_view
-
-if TYPE_CHECKING:
-    from vfiopy.dmabuf.buffer import DmaBuf
 
 __all__ = ["access_of", "cpu_access"]
 
 _ACCESS = {"r": SyncAccess.READ, "w": SyncAccess.WRITE, "rw": SyncAccess.RW}
+
+
+class Shared(Protocol):
+    """What of a :class:`vfiopy.DmaBuf` is needed here."""
+
+    calls: DmaBufFd
+    origin: Origin
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
 
 
 def access_of(mode: str) -> SyncAccess:
@@ -37,7 +49,7 @@ def access_of(mode: str) -> SyncAccess:
 
 @contextmanager
 def cpu_access(
-    buffer: DmaBuf, mode: str, offset: int, size: int | None, dtype: npt.DTypeLike, flags: int
+    buffer: Shared, mode: str, offset: int, size: int | None, dtype: npt.DTypeLike, flags: int
 ) -> Iterator[npt.NDArray[Any]]:
     """See :meth:`vfiopy.DmaBuf.cpu_access`."""
     access = access_of(mode)
@@ -60,7 +72,7 @@ def cpu_access(
         buffer.calls.sync_end(access)
 
 
-def _bar_array(buffer: DmaBuf, offset: int, size: int, dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
+def _bar_array(buffer: Shared, offset: int, size: int, dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
     """The BAR itself, through its device: vfio-pci's dma-bufs have no mmap."""
     origin = buffer.origin
     if not isinstance(origin, BarOrigin):
@@ -83,7 +95,7 @@ def _bar_array(buffer: DmaBuf, offset: int, size: int, dtype: npt.DTypeLike) -> 
 
 
 def _mapped_array(
-    buffer: DmaBuf, access: SyncAccess, offset: int, size: int, dtype: npt.DTypeLike
+    buffer: Shared, access: SyncAccess, offset: int, size: int, dtype: npt.DTypeLike
 ) -> list[npt.NDArray[Any]]:
     skip = offset % mmap.PAGESIZE
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if SyncAccess.WRITE in access else 0)
