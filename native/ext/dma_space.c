@@ -148,7 +148,7 @@ static PyObject *space_map(PyObject *object, PyObject *const *args, Py_ssize_t n
     }
     if (parse_wishes(given, &request))
         return NULL;
-    if (vfiopy_space_is_direct(of(object)) && !vfiopy_leftovers_wait()) {
+    if (vfiopy_space_is_direct(of(object)) && request.iova && !vfiopy_leftovers_wait()) { /* 0: refused in words */
         memory = vfiopy_plain_memory(given[MEMORY], request.prot);
         if (!memory && PyErr_Occurred())
             return NULL;
@@ -184,14 +184,14 @@ static PyMethodDef methods[] = {
      "Args:\n"
      "    memory: a page-aligned buffer (``mmap``, numpy array), ``file_memory()``, or a ``Memory``. It is kept alive\n"
      "        until it is unmapped.\n"
-     "    iova: where; None lets the book choose, never IOVA 0.\n"
+     "    iova: where, but never 0; None lets the book choose.\n"
      "    prot: what devices may do: ``Prot.READ``, ``Prot.WRITE`` or ``Prot.RW``.\n"
      "    limit: the highest IOVA that may be used, for devices with few address lines.\n"
      "    alignment: of a chosen IOVA, bytes; 0 for what suits the memory's page sizes best.\n\n"
      "Raises:\n"
      "    AlignmentError, MemoryKindError: this memory cannot be mapped as it is; the message says what can.\n"
      "    OverlapError: something is mapped there.\n"
-     "    IovaRangeError: outside of what IOMMU, reserved windows or ``limit`` allow.\n"
+     "    IovaRangeError: 0, or outside of what IOMMU, reserved windows or ``limit`` allow.\n"
      "    NoSpaceError: no hole is big enough, or the kernel takes no more mappings.\n"
      "    MemlockError: RLIMIT_MEMLOCK; the message says how much is charged."},
     {"_map_memory", VFIOPY_FAST(space_map_memory), METH_FASTCALL | METH_KEYWORDS,

@@ -14,7 +14,7 @@ import pytest
 from iova_kernel import FakeKernel
 
 import vfiopy
-from vfiopy import AddressSpace, ClosedError, HostMemory, PinnedError, Prot
+from vfiopy import AddressSpace, ClosedError, HostMemory, IovaRangeError, PinnedError, Prot
 from vfiopy._native import SpaceBase
 from vfiopy.backend import DeviceWindow, IovaRange, MapperTraits, Memory, MemoryKind
 from vfiopy.dma.buffer import allocate_pages
@@ -290,6 +290,25 @@ def test_buffers_end_with_their_device() -> None:
     del buffer
     gc.collect()
     assert drain_finalizers() == 0
+
+
+@pytest.mark.parametrize("mappers", ["none", "in C", "in Python"])
+def test_iova_0_is_never_mapped(mappers: str, page: mmap.mmap) -> None:
+    with AddressSpace("null") as space:
+        kernel = FakeKernel()
+        if mappers == "in C":
+            space.book.add_kernel_mapper(MAPPER_TYPE1, 10, ioctl=kernel.address)
+        elif mappers == "in Python":
+            space.add_mapper(SlowMapper())
+        for call in (lambda: space.map(page, iova=0), lambda: space.allocate(8, iova=0)):
+            with pytest.raises(IovaRangeError, match="IOVA 0 is never mapped") as caught:
+                call()
+            assert "choose another IOVA" in str(caught.value)
+        assert space.mappings() == []
+        assert kernel.tables.get(10, {}) == {}
+        if mappers == "in C":
+            (token, *_), = space.book.kernel_mappers()
+            space.book.remove_kernel_mapper(token)
 
 
 def test_several_devices_in_one_space() -> None:

@@ -10,7 +10,7 @@ from vfiopy._native import SpaceBase
 from vfiopy.backend import Copier, DeviceWindow, FileMemory, Mapper, Memory, Prot
 from vfiopy.dma.mappers import MapperSet
 from vfiopy.dma.mapping import Mapping
-from vfiopy.errors import VfioError
+from vfiopy.errors import IovaRangeError, VfioError
 from vfiopy.iova import IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
 
@@ -42,6 +42,12 @@ class PeerMemory(Resource, SpaceBase):
         self._mappers.check_kind(ready.kind)
         if iova is not None and iova < 0:  # which would mean "anywhere" below
             raise ValueError(f"iova must be an int from 0 to 2**64 - 1, not {iova}")
+        if iova == 0:
+            raise IovaRangeError(
+                "IOVA 0 is never mapped, because to many devices a descriptor with address 0 has no buffer",
+                object=self._label,
+                hint="choose another IOVA, or leave the choice to the space; for a guest's memory use space.book.map()",
+            )
         wanted = self._mappers.place(ready) if iova is None else iova
         arguments = _arguments(ready, rights, wanted, limit, alignment, transient=transient)
         if not self._mappers.in_python:
