@@ -7,6 +7,7 @@ counts file descriptors, pinned memory and bindings after each test; that the de
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from ioctl_support import PAGE, Memory, bound, opened
 from modes import EDU, MODES
 
 from vfiopy import kernel
-from vfiopy.backend import HostMemory, Prot
+from vfiopy.backend import HostMemory, IrqAction, IrqIndex, Prot
 from vfiopy.errors import VfioError
 from vfiopy.kernel.ioctl._call import KernelSyscalls, replaced
 
@@ -54,10 +55,17 @@ def edu(bdf: Callable[..., str]) -> Iterator[str]:
 
 
 def use(address: str, mode: str, memory: Memory) -> None:
-    """Everything that a driver does on its way: open, look, map a BAR, map memory, and back."""
+    """Everything that a driver does on its way: open, look, enable its interrupt, map a BAR, map memory, and back."""
     io, mapper = kernel.connect(address, backend=mode)
     try:
         io.info()
+        assert io.irq_info(IrqIndex.MSI).count == 1
+        fd = os.eventfd(0)
+        try:
+            io.set_irqs(IrqIndex.MSI, IrqAction.TRIGGER, 0, 1, fds=[fd])
+            io.set_irqs(IrqIndex.MSI, IrqAction.TRIGGER, 0, 0)
+        finally:
+            os.close(fd)
         window = io.map_region(0, 0, io.region_info(0).size)
         try:
             mapper.traits()

@@ -112,9 +112,10 @@ def test_irq_errors_name_the_interrupt(bdf: Lookup) -> None:
 # --- vfio_pci_driver_test, with edu in the place of ioat and dsa ---------------------------------------------------
 
 
-def test_driver_init_remove(bound_edu: str, road: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_driver_init_remove(bound_edu: str, mode: str) -> None:
     for _ in range(10):
-        with vfiopy.open(bound_edu, backend=road) as device:
+        with vfiopy.open(bound_edu, backend=mode) as device:
             assert EduDriver(device).invert(0x12345678) == 0xEDCBA987
 
 
@@ -159,9 +160,10 @@ def test_driver_send_msi(driver: EduDriver) -> None:
     driver.disable_interrupts()
 
 
-def test_driver_mix_and_match(bound_edu: str, road: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_driver_mix_and_match(bound_edu: str, mode: str) -> None:
     for _ in range(3):
-        with vfiopy.open(bound_edu, backend=road) as device:
+        with vfiopy.open(bound_edu, backend=mode) as device:
             device.bus_master = True
             driver = EduDriver(device)
             copy(driver)
