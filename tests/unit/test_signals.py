@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from vfiopy import uapi
+from vfiopy.backend import RegionInfo
 from vfiopy.errors import VfioError
+from vfiopy.kernel.memory_watch import KernelMemoryWatch
 from vfiopy.pci.memory_watch import MemoryWatch
 from vfiopy.signals import Cause, MemorySignals, taking
 
@@ -180,6 +183,72 @@ def test_power_and_resets(write: Callable[..., list[object]]) -> None:
     assert write(EXPRESS + 8, b"\xff\x7f") == []
     assert write(ADVANCED + 4, b"\x01") == [Cause.RESET]
     assert write(ADVANCED + 4, b"\x02") == []
+
+
+def test_two_threads_that_write_the_command_register() -> None:
+    signals = MemorySignals("device")
+    watch = MemoryWatch(signals)
+
+    def switch(value: int) -> Any:
+        return watch.writing(4, bytes([value, 0]), lambda at, size: config()[at : at + size])
+
+    def switch_off() -> None:
+        with switch(0):
+            pass
+
+    other = threading.Thread(target=switch_off)
+    with switch(2):  # on; the other thread's write comes after this one
+        other.start()
+        other.join(0.2)
+    other.join()
+    assert signals.absent is Cause.DECODE
+
+
+class Fd:
+    """What a hot reset takes along."""
+
+    def __init__(self, *along: str) -> None:
+        self._along = list(along)
+
+    def reset_along(self) -> list[str]:
+        return self._along
+
+    def pread(self, offset: int, size: int, detail: str = "") -> bytes:
+        raise NotImplementedError
+
+    def get_region_info(self, index: int) -> RegionInfo:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBUSY])
+def test_a_refused_bus_reset_may_have_taken_some_of_several(number: int) -> None:
+    signals = MemorySignals("0000:01:00.0")
+    listener = Listener(signals)
+    watch = KernelMemoryWatch(signals)
+    with pytest.raises(VfioError), watch.hot_resetting(Fd("0000:01:00.0")):
+        refuse(number)
+    assert listener.log[1:] == ["stayed"]
+    listener.log.clear()
+    with pytest.raises(VfioError), watch.hot_resetting(Fd("0000:01:00.0", "0000:01:00.1")):
+        refuse(number)
+    assert listener.log[1:] == [("gone", Cause.HOT_RESET)]
+
+
+def test_low_power_in_two_threads() -> None:
+    signals = MemorySignals("device")
+    watch = KernelMemoryWatch(signals)
+    operation = uapi.VFIO_DEVICE_FEATURE_SET
+
+    def enter() -> None:
+        with watch.using_feature(uapi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, operation):
+            pass
+
+    other = threading.Thread(target=enter)
+    with watch.using_feature(uapi.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, operation):
+        other.start()
+        other.join(0.2)
+    other.join()
+    assert signals.absent is Cause.LOW_POWER
 
 
 def test_a_function_without_resets(write: Callable[..., list[object]]) -> None:

@@ -22,7 +22,9 @@ _LOW_POWER: Final = (
 )
 # Before these the kernel has not touched anything (drivers/vfio/pci/vfio_pci_core.c).
 _RESET_UNTOUCHED: Final = (errno.EINVAL,)
-_HOT_RESET_UNTOUCHED: Final = (errno.EINVAL, errno.ENODEV, errno.EBUSY, errno.E2BIG, errno.EPERM)
+_HOT_RESET_UNTOUCHED: Final = (errno.ENODEV, errno.E2BIG, errno.EPERM)
+# Of several functions it takes one after the other, and may find the next one busy or not the caller's.
+_HOT_RESET_OF_ONE_UNTOUCHED: Final = (*_HOT_RESET_UNTOUCHED, errno.EINVAL, errno.EBUSY)
 _LOW_POWER_UNTOUCHED: Final = (errno.EINVAL, errno.ENOTTY)
 
 
@@ -57,9 +59,10 @@ class KernelMemoryWatch:
 
     def hot_resetting(self, fd: WatchedFd) -> AbstractContextManager[object]:
         """A reset of the bus: all devices on it that this process has open."""
-        siblings = [found for name in fd.reset_along() if (found := MemorySignals.known(name)) is not None]
+        along = fd.reset_along()
+        siblings = [found for name in along if (found := MemorySignals.known(name)) is not None]
         everyone = {id(one): (one, Cause.HOT_RESET) for one in (self.signals, *siblings)}
-        return taking(everyone.values(), _HOT_RESET_UNTOUCHED)
+        return taking(everyone.values(), _HOT_RESET_UNTOUCHED if len(along) > 1 else _HOT_RESET_OF_ONE_UNTOUCHED)
 
     def using_feature(self, number: int, operation: int) -> AbstractContextManager[object]:
         """Low power."""
@@ -71,8 +74,9 @@ class KernelMemoryWatch:
 
     @contextmanager
     def _leaving_low_power(self) -> Iterator[None]:
-        yield
-        self.signals.returned(Cause.LOW_POWER)
+        with self.signals.lock:  # another thread may enter it again right after
+            yield
+            self.signals.returned(Cause.LOW_POWER)
 
     def closing(self) -> AbstractContextManager[object]:
         """The end."""

@@ -65,10 +65,14 @@ class MemoryWatch:
             read: reads configuration space, ``read(offset, size)``.
         """
         taken, given = self._effects(offset, data, read)
-        with taking([(self.signals, cause) for cause in taken]):
+        if not taken and not given:
             yield
-        for cause in given:
-            self.signals.returned(cause)
+            return
+        # What is given back is told in the order of the writes: another thread may take it away right after.
+        with taking([(self.signals, cause) for cause in taken]), self.signals.lock:
+            yield
+            for cause in given:
+                self.signals.returned(cause)
 
     def _effects(self, offset: int, data: bytes, read: Read) -> tuple[list[Cause], list[Cause]]:
         taken: list[Cause] = []
