@@ -6,13 +6,23 @@ What needs one is in tests/guest/test_dmabuf_*.py.
 from __future__ import annotations
 
 import gc
+import mmap
+import socket
+import threading
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 from emulated_support import Everything
 
 import vfiopy
-from vfiopy import ImportState, RevokedError
+from vfiopy import ExporterLife, ImportState, Prot, RevokedError
+from vfiopy.backend import DeviceWindow
+from vfiopy.dma import imports, peer
+from vfiopy.dma.imported import ImportedMemory
+from vfiopy.dma.peer_memory import ANY_IOVA
+from vfiopy.dmabuf.origin import BarOrigin, ForeignOrigin
 from vfiopy.drivers.edu import EduDriver
 from vfiopy.errors import AlignmentError, NotSupportedError, StateError
 from vfiopy.signals import Cause
@@ -80,6 +90,64 @@ def test_it_dies_with_the_exporters_decode_and_comes_back(pair: Pair) -> None:
     assert imported.cause is Cause.RESET
     imported.unmap()
     pair.space.book.verify()
+
+
+def test_it_does_not_come_back_before_the_memory_does(pair: Pair) -> None:
+    imported = pair.space.peer(pair.bar, size=PAGE)
+    pair.exporter.memory_enabled = False
+    with pytest.raises(RevokedError, match="memory is away: its memory decode was switched off"):
+        imported.remap()
+    assert (imported.state, imported.cause) == (ImportState.REVOKED, Cause.DECODE)
+    pair.exporter.memory_enabled = True
+    imported.remap()
+    imported.unmap()
+
+
+def test_decode_that_goes_off_while_it_is_mapped(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def origin(*arguments: Any) -> BarOrigin:
+        pair.exporter.memory_enabled = False  # another thread, after peer() has looked
+        return BarOrigin(*arguments)
+
+    monkeypatch.setattr(peer, "BarOrigin", origin)
+    with pytest.raises(RevokedError, match="decode was switched off"):
+        pair.space.peer(pair.bar, size=PAGE)
+    assert not pair.bar.holds
+    assert not pair.space.book.mappings()
+
+
+def test_a_copy_tells_of_the_exporters_end_with_no_lock_held(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    origin = ForeignOrigin("received")
+    locked: list[bool] = []
+
+    def look() -> None:
+        free = origin.signals.lock.acquire(timeout=0.5)
+        locked.append(not free)
+        if free:
+            origin.signals.lock.release()
+
+    def heard(_: object) -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(imports, "_copier", lambda *_: object())
+    with here, there, ExporterLife.of_socket(here) as life, mmap.mmap(-1, PAGE) as pages:
+        origin.life = life
+        memory = ImportedMemory(origin)
+        address = np.frombuffer(pages, dtype="u1").__array_interface__["data"][0]
+        window = DeviceWindow(-1, 0, PAGE, here.fileno(), address, memory)
+        mapping = pair.space.map_window(window, Prot.RW, iova=None, limit=ANY_IOVA, alignment=0)
+        memory.mapped(mapping, pair.space)
+        origin.signals.listen(memory)
+        imported = vfiopy.DmaBufMapping(pair.space, mapping, memory)
+        imported.on_revoked(heard)
+        there.close()
+        with pytest.raises(RevokedError, match="has ended"):
+            imported.copy_to(pair.space)
+        imported.unmap()
+        del window
+    assert locked == [False]
 
 
 def test_a_callback_may_remap_or_unmap(pair: Pair) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dmabuf.origin import Origin
+from vfiopy.errors import RevokedError
 from vfiopy.lives import report_errors
 from vfiopy.signals import Cause
 
-__all__ = ["ImportState", "ImportedMemory"]
+__all__ = ["ImportState", "ImportedMemory", "check_there"]
 
 
 class ImportState(Enum):
@@ -74,3 +75,15 @@ class ImportedMemory:
         """It may be gone."""
         if self.state is ImportState.LIVE and self._space is not None:
             self.mark(ImportState.UNKNOWN, None)
+
+
+def check_there(origin: Origin) -> None:
+    """Refuse memory that is away, before it is mapped by its address: of a dma-buf the kernel is the judge.
+
+    With the lock of the origin's signals.
+    """
+    cause = origin.signals.absent
+    if cause is not None:
+        raise RevokedError(
+            f"the memory is away: {cause.value}", object=origin.signals.name, hint="undo that first, then try again"
+        )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from vfiopy.backend import Area, Copier, DeviceWindow, Mapper, Prot
 from vfiopy.dma.buffer import FREE_TIMEOUT, DmaArray
-from vfiopy.dma.imported import ImportedMemory, ImportState
+from vfiopy.dma.imported import ImportedMemory, ImportState, check_there
 from vfiopy.dma.mapping import Mapping
 from vfiopy.dma.memory import PAGE_SIZE, OwnedFd
 from vfiopy.dmabuf import DmaBuf
@@ -121,7 +121,12 @@ class DmaBufMapping:
             RevokedError: the exporter took the memory back, or may have done so.
             ClosedError: it was unmapped.
         """
-        state = self.state
+        self._memory.origin.look()
+        self._check()
+
+    def _check(self) -> None:
+        """As :meth:`check`, by what is known: looking may run callbacks, which no lock may be held for."""
+        state = self._memory.state
         if state is ImportState.LIVE and self.mapping:
             return
         if not self.mapping:
@@ -224,8 +229,10 @@ class DmaBufMapping:
             if memory.state is ImportState.LIVE:
                 return
             if origin.signals.over:
-                self.check()
+                self._check()
             try:
+                if cast("DeviceWindow", self.mapping.memory).dmabuf_fd < 0:
+                    check_there(origin)
                 self.space.restore(self.mapping)
             except RevokedError as error:
                 memory.mark(ImportState.REVOKED, memory.cause)
@@ -254,6 +261,7 @@ class DmaBufMapping:
         """
         rights = self.prot if prot is None else prot
         memory = self._memory
+        memory.origin.look()
         copier = _copier(self.space, space)
         if copier is None:
             raise NotSupportedError(
@@ -267,7 +275,7 @@ class DmaBufMapping:
         twin = replace(window, dmabuf_fd=own.fd, owner=(copy, own))
         try:
             with memory.origin.signals.lock:
-                self.check()
+                self._check()
                 mapping = space.copy_window(twin, rights, iova, copier, self.space.mappers[0], self.mapping.iova)
                 _listen(copy, mapping, space)
         except BaseException:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vfiopy.backend import Area, BarPort, BookReader, DeviceWindow, Prot, RegionIndex, TellingIo
-from vfiopy.dma.imported import ImportedMemory
+from vfiopy.dma.imported import ImportedMemory, check_there
 from vfiopy.dma.imports import DmaBufMapping, ImportingSpace, import_dmabuf
 from vfiopy.dma.memory import PAGE_SIZE
 from vfiopy.dmabuf import DmaBuf
@@ -121,6 +121,7 @@ def _by_address(
     window = DeviceWindow(port.index, area.offset, area.size, -1, hold.address, (memory, hold), 0, physical)
     try:
         with origin.signals.lock:
+            check_there(origin)  # decode may have gone off since we looked
             mapping = space.map_window(window, prot, **place)
             if listens:
                 memory.mapped(mapping, space)
