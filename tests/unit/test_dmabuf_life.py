@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from vfiopy import ExporterLife
+from vfiopy import ExporterLife, MemfdPart
 from vfiopy.dma.imported import ImportedMemory, ImportState
-from vfiopy.dmabuf.origin import ForeignOrigin, origin_of
+from vfiopy.dmabuf.origin import ForeignOrigin, MemoryOrigin, origin_of
 from vfiopy.errors import VfioError
 from vfiopy.signals import Cause
 
@@ -29,6 +31,10 @@ def child() -> Iterator[subprocess.Popen[str]]:
         child.stdout.readline()
         yield child
         child.kill()
+
+
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_a_process(child: subprocess.Popen[str]) -> None:
@@ -100,6 +106,32 @@ def test_in_an_event_loop(child: subprocess.Popen[str]) -> None:
     with here:
         asyncio.run(main())
     assert time.monotonic() - start < 5
+
+
+def test_several_tasks_may_wait_for_one_end(child: subprocess.Popen[str]) -> None:
+    async def main() -> None:
+        with ExporterLife.of_process(child.pid) as life:
+            waits = [asyncio.create_task(life.wait_async()) for _ in range(3)]
+            await asyncio.sleep(0.02)
+            waits.pop().cancel()
+            await asyncio.sleep(0.02)
+            child.kill()
+            await asyncio.wait_for(asyncio.gather(*waits), 5)
+
+    before = open_fds()
+    asyncio.run(main())
+    assert open_fds() == before
+
+
+def test_memory_of_which_not_all_fds_can_be_had() -> None:
+    memfd = os.memfd_create("part")
+    gc.collect()  # what tests before have left
+    before = open_fds()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        MemoryOrigin("udmabuf", "", (MemfdPart(memfd, 0, 4096), MemfdPart(-1, 0, 4096)))
+    gc.collect()
+    assert open_fds() == before
+    os.close(memfd)
 
 
 class Listening(ImportedMemory):

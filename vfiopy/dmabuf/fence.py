@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 import time
 from collections.abc import Callable
@@ -89,6 +90,7 @@ async def ready_async(fd: int, events: int, timeout: float | None) -> bool:
     if ready(fd, events, 0):
         return True
     came: asyncio.Future[None] = loop.create_future()
+    watched = os.dup(fd)  # an event loop watches an fd for one task only
     watch: Callable[..., None] = loop.add_reader if events == select.POLLIN else loop.add_writer
     unwatch = loop.remove_reader if events == select.POLLIN else loop.remove_writer
 
@@ -96,11 +98,12 @@ async def ready_async(fd: int, events: int, timeout: float | None) -> bool:
         if not came.done():
             came.set_result(None)
 
-    watch(fd, wake)
     try:
+        watch(watched, wake)
         await asyncio.wait_for(came, timeout)
     except TimeoutError:
-        return ready(fd, events, 0)
+        return ready(watched, events, 0)
     finally:
-        unwatch(fd)
+        unwatch(watched)
+        os.close(watched)
     return True

@@ -10,6 +10,7 @@ import struct
 from contextlib import suppress
 from typing import Self
 
+from vfiopy.dmabuf.fence import ready, ready_async
 from vfiopy.errors import VfioError
 from vfiopy.lives import Resource
 
@@ -90,24 +91,16 @@ class ExporterLife(Resource):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for its end, at most ``timeout`` seconds; return whether it came."""
         self.check_open()
-        poller = select.poll()
-        poller.register(self._fd, self._events)
-        return bool(poller.poll(None if timeout is None else timeout * 1000))
+        return ready(self._fd, self._events, timeout)
 
     async def wait_async(self) -> None:
         """Wait for its end without blocking the event loop."""
         self.check_open()
-        loop = asyncio.get_running_loop()
+        if self._events == select.POLLIN:
+            await ready_async(self._fd, select.POLLIN, None)
+            return
         while not self.over:
-            if self._events == select.POLLIN:
-                came = asyncio.Event()
-                loop.add_reader(self._fd, came.set)
-                try:
-                    await came.wait()
-                finally:
-                    loop.remove_reader(self._fd)
-            else:
-                await asyncio.sleep(_GLANCE)  # a socket is readable for other reasons too
+            await asyncio.sleep(_GLANCE)  # a socket is readable for other reasons too
 
     def _release(self) -> None:
         os.close(self._fd)

@@ -88,7 +88,9 @@ class MemoryOrigin(Origin):
     def __init__(self, name: str, way: str, parts: tuple[MemfdPart, ...] = ()) -> None:
         super().__init__(MemorySignals(name))
         self._way = way
-        self.parts = tuple(MemfdPart(os.dup(part.memfd), part.offset, part.size) for part in parts)
+        self.parts: tuple[MemfdPart, ...] = ()
+        for part in parts:  # one by one: when there are no fds left, the finalizer closes those that were made
+            self.parts += (MemfdPart(os.dup(part.memfd), part.offset, part.size),)
 
     @property
     def way(self) -> str:
