@@ -17,6 +17,7 @@ import pytest
 
 from vfiopy import ExporterLife, MemfdPart
 from vfiopy.dma.imported import ImportedMemory, ImportState
+from vfiopy.dmabuf.info import DmaBufInfo, parse_info
 from vfiopy.dmabuf.origin import ForeignOrigin, MemoryOrigin, origin_of
 from vfiopy.errors import VfioError
 from vfiopy.signals import Cause
@@ -121,6 +122,13 @@ def test_several_tasks_may_wait_for_one_end(child: subprocess.Popen[str]) -> Non
     before = open_fds()
     asyncio.run(main())
     assert open_fds() == before
+
+
+def test_a_name_does_not_forge_the_lines_of_the_kernel() -> None:
+    kernel = "pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t7\nsize:\t4096\ncount:\t1\nexp_name:\tudmabuf\n"
+    assert parse_info(kernel) == DmaBufInfo(7, 4096, 1, "udmabuf", None)
+    named = parse_info(f"{kernel}name:\tx\nino:\t8\nsize:\t1\n")
+    assert (named.inode, named.size, named.name) == (7, 4096, "x")
 
 
 def test_memory_of_which_not_all_fds_can_be_had() -> None:

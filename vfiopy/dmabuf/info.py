@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DmaBufInfo", "read_info"]
+__all__ = ["DmaBufInfo", "parse_info", "read_info"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,15 @@ class DmaBufInfo:
 
 def read_info(fd: int) -> DmaBufInfo:
     """Read it for an open dma-buf."""
-    found = {}
-    for line in Path(f"/proc/self/fdinfo/{fd}").read_text("utf-8", "replace").splitlines():
+    return parse_info(Path(f"/proc/self/fdinfo/{fd}").read_text("utf-8", "replace"))
+
+
+def parse_info(text: str) -> DmaBufInfo:
+    """Understand the text of fdinfo."""
+    found: dict[str, str] = {}
+    for line in text.split("\n"):
         key, _, value = line.partition(":\t")
-        found[key] = value
+        found.setdefault(key, value)  # the name comes last, as its giver wrote it: with lines of its own, perhaps
     return DmaBufInfo(
         inode=int(found["ino"]),
         size=int(found["size"]),
