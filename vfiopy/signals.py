@@ -75,6 +75,7 @@ class MemorySignals:
     """
 
     _known: ClassVar[WeakValueDictionary[str, MemorySignals]] = WeakValueDictionary()
+    _lives = threading.Lock()  # over _known and all _users
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -85,18 +86,19 @@ class MemorySignals:
         self.addresses: dict[int, int | None] = {}
 
     @classmethod
-    def of(cls, name: str) -> MemorySignals:
-        """The signals of a device that this process has open, by its PCI address; new ones where there are none."""
-        found = cls._known.get(name)
-        if found is None or found.over:
-            found = cls._known[name] = cls(name)
+    def opened(cls, name: str) -> MemorySignals:
+        """One more user of a device in this process, by its PCI address; the first one gets new signals."""
+        with cls._lives:
+            found = cls._known.get(name)
+            if found is None:
+                found = cls._known[name] = cls(name)
+            found._users += 1
         return found
 
     @classmethod
     def known(cls, name: str) -> MemorySignals | None:
         """The signals of a device if this process has it open."""
-        found = cls._known.get(name)
-        return None if found is None or found.over else found
+        return cls._known.get(name)
 
     # --- looking -------------------------------------------------------------------------------------------------
 
@@ -143,19 +145,14 @@ class MemorySignals:
             for listener in list(self._listeners):
                 listener.doubtful()
 
-    # --- who has the device open ---------------------------------------------------------------------------------
-
-    def opened(self) -> None:
-        """One more user of the device in this process."""
-        with self.lock:
-            self._users += 1
-
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Run what closes the device; the last user takes the memory along."""
-        with self.lock:
+        with self._lives:
             self._users -= 1
             last = not self._users
+            if last and self._known.get(self.name) is self:  # no more where the garbage collector has found it
+                del self._known[self.name]  # who opens it from here on has another life
         if not last:
             yield
             return

@@ -116,18 +116,22 @@ def test_one_listener_that_fails_does_not_silence_the_others() -> None:
 
 
 def test_the_last_user_closes_the_device() -> None:
-    signals = MemorySignals.of("0000:00:1f.7")
-    assert MemorySignals.of("0000:00:1f.7") is signals
-    signals.opened()
-    signals.opened()
+    name = "0000:00:1f.7"
+    signals = MemorySignals.opened(name)
+    assert MemorySignals.opened(name) is signals
     with signals.closing():
         pass
     assert not signals.over
+    assert MemorySignals.known(name) is signals
     with signals.closing():
-        pass
+        again = MemorySignals.opened(name)  # by another thread, while the kernel closes it
     assert signals.over
-    assert MemorySignals.known("0000:00:1f.7") is None
-    assert MemorySignals.of("0000:00:1f.7") is not signals  # the next opening is another life
+    assert again is not signals  # the next opening is another life
+    assert not again.over
+    assert MemorySignals.known(name) is again
+    with again.closing():
+        pass
+    assert MemorySignals.known(name) is None
 
 
 # --- configuration space ----------------------------------------------------------------------------------------

@@ -101,8 +101,7 @@ class KernelDeviceIo(Resource):
         self._irqs: dict[int, IrqInfo] = {}
         self._windows: dict[int, tuple[int, str]] = {}
         super().__init__(calls.label)
-        self.signals = MemorySignals.of(calls.label)
-        self.signals.opened()
+        self.signals = MemorySignals.opened(calls.label)
         calls.watch = KernelMemoryWatch(self.signals)
 
     @property
