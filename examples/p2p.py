@@ -132,7 +132,9 @@ def main(words: list[str] | None = None) -> int:
     try:
         run(parse(words))
     except (StopError, vfiopy.VfiopyError) as error:
-        print(f"p2p: {error}", file=sys.stderr)
+        # Where a wrong byte ended it, the array that held it still looks at the device, which then does not close.
+        reason = error.__context__ if isinstance(error.__context__, StopError) else error
+        print(f"p2p: {reason}", file=sys.stderr)
         return 1
     return 0
 
