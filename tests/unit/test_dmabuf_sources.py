@@ -15,14 +15,6 @@ from vfiopy.device import Regions
 from vfiopy.errors import NotSupportedError
 from vfiopy.kernel import KernelDeviceIo
 from vfiopy.kernel.ioctl import DeviceFd
-from vfiopy.kernel.ioctl._call import replaced
-
-
-@pytest.fixture
-def vfio() -> Iterator[FakeVfio]:
-    fake = FakeVfio()
-    with replaced(fake):
-        yield fake
 
 
 @pytest.fixture

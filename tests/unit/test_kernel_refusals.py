@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,13 +36,6 @@ def tree(tmp_path: Path) -> FakeKernel:
     kernel.add(C, group=6)
     (kernel.dev / "iommu").write_text("")
     return kernel
-
-
-@pytest.fixture
-def vfio() -> Iterator[FakeVfio]:
-    fake = FakeVfio()
-    with replaced(fake):
-        yield fake
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
