@@ -249,3 +249,11 @@ def test_the_docs_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3628800" in capsys.readouterr().out
     for name in ("device", "io", "mapper"):
         names[name].close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("width", "value"), [(8, 300), (16, -1), (32, 1 << 32)])
+def test_config_value_that_does_not_fit(width: int, value: int) -> None:
+    with vfiopy.open("emulated:edu") as device:
+        with pytest.raises(vfiopy.AccessError, match=f"{value} does not fit into {width} unsigned") as caught:
+            getattr(device.config, f"write{width}")(0x3C, value)
+        assert "configuration space" in str(caught.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiopy.backend import DeviceIo, RegionIndex
-from vfiopy.errors import AddressRangeError, NotSupportedError
+from vfiopy.errors import AccessError, AddressRangeError, NotSupportedError
 from vfiopy.pci.capabilities import Capability, walk_capabilities
 from vfiopy.pci.ext_capabilities import ExtendedCapability, walk_extended
 
@@ -51,6 +51,17 @@ class ConfigSpace:
                 hint="extended capabilities exist on PCI Express functions only" if self.size <= 256 else "",
             )
 
+    def _write_value(self, offset: int, value: int, width: int) -> None:
+        try:
+            data = value.to_bytes(width, "little")
+        except OverflowError:
+            raise AccessError(
+                f"value {value} does not fit into {8 * width} unsigned bits",
+                object=f"{self._io.name} configuration space",
+                hint="mask it to the width of the register; negative numbers have no width of their own",
+            ) from None
+        self.write(offset, data)
+
     def read8(self, offset: int) -> int:
         """Read one byte."""
         return self.read(offset, 1)[0]
@@ -65,15 +76,15 @@ class ConfigSpace:
 
     def write8(self, offset: int, value: int) -> None:
         """Write one byte."""
-        self.write(offset, value.to_bytes(1, "little"))
+        self._write_value(offset, value, 1)
 
     def write16(self, offset: int, value: int) -> None:
         """Write 16 bits."""
-        self.write(offset, value.to_bytes(2, "little"))
+        self._write_value(offset, value, 2)
 
     def write32(self, offset: int, value: int) -> None:
         """Write 32 bits."""
-        self.write(offset, value.to_bytes(4, "little"))
+        self._write_value(offset, value, 4)
 
     # --- header (PCI Express Base 6.0, 7.5.1.1) ------------------------------------------------------------------
 

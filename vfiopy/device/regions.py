@@ -125,9 +125,10 @@ class Regions:
         info = self.info(index)
         name = f"{self._io.name} {region_name(index)}"
         if not info.size:
-            present = [region_name(i) for i in range(self._limit) if self._io.region_info(i).size]
+            names = [region_name(i) for i in range(self._limit) if self._io.region_info(i).size]
+            present = ", ".join(names) or "no region at all"
             raise NotSupportedError(
-                f"the device has no {region_name(index)}", object=self._io.name, hint=f"it has {', '.join(present)}"
+                f"the device has no {region_name(index)}", object=self._io.name, hint=f"it has {present}"
             )
         windows: list[Window] = []
         pieces: list[tuple[int, int, int]] = []
