@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["Report", "Result", "Status", "machine_facts"]
 
-SCHEMA = 1
+FORMAT = 1
 
 
 class Status(StrEnum):
@@ -56,7 +56,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
         return {
-            "schema": SCHEMA,
+            "format": FORMAT,
             "target": self.target,
             "ok": self.ok,
             "machine": self.machine,
