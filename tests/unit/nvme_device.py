@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vfiopy.drivers.nvme.structures import CQE, IDENTIFY_CONTROLLER, IDENTIFY_NAMESPACE, SQE
 from vfiopy.emulated import Bar, Identity, Msi, MsiX, PciDevice, PciExpress
+from vfiopy.nvme_spec.structures import CQE, IDENTIFY_CONTROLLER, IDENTIFY_NAMESPACE, SQE
 
 PAGE = 4096
 OK = (0, 0x00)

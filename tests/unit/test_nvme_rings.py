@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from vfiopy import AddressSpace
 from vfiopy.drivers.nvme import commands
 from vfiopy.drivers.nvme.rings import CompletionRing, SubmissionRing
-from vfiopy.drivers.nvme.structures import CQE, SQE
 from vfiopy.errors import ClosedError
+from vfiopy.nvme_spec.structures import CQE, SQE
 
 
 class Writer:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfiopy.drivers.nvme import AsyncEvent, Capabilities, ControllerInfo, NamespaceInfo, NvmeError, Status, commands
-from vfiopy.drivers.nvme import registers as reg
-from vfiopy.drivers.nvme import structures as layout
+from vfiopy.nvme_spec import registers as reg
+from vfiopy.nvme_spec import structures as layout
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@
         disk.read(0, into=buffer)
 
 The rooms: ``controller`` brings it up, ``admin`` and ``namespace`` are its commands, ``queue`` and ``rings`` how they
-travel, ``signals`` how the host hears of their end; ``registers``, ``structures``, ``commands``, ``status`` and
-``prp`` are the specification.
+travel, ``signals`` how the host hears of their end; ``commands`` and ``prp`` say it in the specification's words,
+whose tables are in ``vfiopy.nvme_spec``.
 """
 
 from vfiopy.drivers.nvme.admin import Admin
-from vfiopy.drivers.nvme.commands import AdminOpcode, Cns, Command, Feature, IoOpcode, LogPage
+from vfiopy.drivers.nvme.commands import Command
 from vfiopy.drivers.nvme.controller import Controller
 from vfiopy.drivers.nvme.errors import (
     CommandAbortedError,
@@ -31,9 +31,10 @@ from vfiopy.drivers.nvme.events import AsyncEvent
 from vfiopy.drivers.nvme.identify import ControllerInfo, NamespaceInfo
 from vfiopy.drivers.nvme.namespace import Namespace
 from vfiopy.drivers.nvme.queue import QueuePair
-from vfiopy.drivers.nvme.registers import Capabilities
 from vfiopy.drivers.nvme.request import Request
-from vfiopy.drivers.nvme.status import Status
+from vfiopy.nvme_spec.opcodes import AdminOpcode, Cns, Feature, IoOpcode, LogPage
+from vfiopy.nvme_spec.registers import Capabilities
+from vfiopy.nvme_spec.status import Status
 
 __all__ = [
     "Admin",

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vfiopy.drivers.nvme import commands
-from vfiopy.drivers.nvme.commands import Cns, Command, Feature, LogPage
+from vfiopy.drivers.nvme.commands import Command
 from vfiopy.drivers.nvme.events import AsyncEvent
 from vfiopy.drivers.nvme.identify import ControllerInfo, NamespaceInfo
 from vfiopy.drivers.nvme.queue import Allocator, QueuePair
 from vfiopy.drivers.nvme.request import Request
-from vfiopy.drivers.nvme.structures import (
+from vfiopy.nvme_spec.opcodes import Cns, Feature, LogPage
+from vfiopy.nvme_spec.structures import (
     ERROR_LOG_ENTRY,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,

@@ -7,7 +7,6 @@ from typing import NoReturn
 
 from vfiopy.device import Device, Interrupt
 from vfiopy.dma.memory import PAGE_SIZE
-from vfiopy.drivers.nvme import registers as reg
 from vfiopy.drivers.nvme.admin import Admin
 from vfiopy.drivers.nvme.errors import CommandAbortedError, ControllerFailedError, NvmeTimeoutError
 from vfiopy.drivers.nvme.identify import ControllerInfo
@@ -18,6 +17,7 @@ from vfiopy.drivers.nvme.request import Request
 from vfiopy.drivers.nvme.signals import InterruptKind, Signal, enable_signals
 from vfiopy.errors import NotSupportedError, StateError, VfioError
 from vfiopy.lives import Resource
+from vfiopy.nvme_spec import registers as reg
 
 __all__ = ["Controller"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno as _errno
 
-from vfiopy.drivers.nvme.status import Status
 from vfiopy.errors import BusyError, VfioError, VfioTimeoutError
+from vfiopy.nvme_spec.status import Status
 
 __all__ = [
     "CommandAbortedError",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vfiopy.drivers.nvme.registers import version_text
-from vfiopy.drivers.nvme.structures import uint128
+from vfiopy.nvme_spec.registers import version_text
+from vfiopy.nvme_spec.structures import uint128
 
 __all__ = ["ControllerInfo", "NamespaceInfo"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from vfiopy.drivers.nvme import registers as reg
 from vfiopy.drivers.nvme.errors import ControllerFailedError
 from vfiopy.errors import DeviceGoneError, VfioTimeoutError
 from vfiopy.mmio import Region
+from vfiopy.nvme_spec import registers as reg
 
 __all__ = ["Lifecycle"]
 

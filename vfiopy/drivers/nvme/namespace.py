@@ -19,8 +19,8 @@ from vfiopy.drivers.nvme.errors import TransferSizeError
 from vfiopy.drivers.nvme.identify import NamespaceInfo
 from vfiopy.drivers.nvme.queue import QueuePair
 from vfiopy.drivers.nvme.request import Request
-from vfiopy.drivers.nvme.structures import RANGE
 from vfiopy.errors import AddressRangeError, MemoryKindError, NotSupportedError, VfiopyError
+from vfiopy.nvme_spec.structures import RANGE
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

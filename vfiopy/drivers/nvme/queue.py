@@ -14,10 +14,10 @@ from vfiopy.drivers.nvme.prp import ENTRY, fill_prps, list_pages
 from vfiopy.drivers.nvme.request import Request
 from vfiopy.drivers.nvme.rings import Completion, CompletionRing, SubmissionRing
 from vfiopy.drivers.nvme.signals import Signal
-from vfiopy.drivers.nvme.status import Status
-from vfiopy.drivers.nvme.structures import CQE, SQE
 from vfiopy.errors import MemoryKindError, VfiopyError
 from vfiopy.mmio import Region
+from vfiopy.nvme_spec.status import Status
+from vfiopy.nvme_spec.structures import CQE, SQE
 
 __all__ = ["Allocator", "Keeper", "QueuePair"]
 

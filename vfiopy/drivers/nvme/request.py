@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from vfiopy.drivers.nvme.commands import Command
 from vfiopy.drivers.nvme.errors import NvmeError
-from vfiopy.drivers.nvme.status import Status
 from vfiopy.errors import VfiopyError
+from vfiopy.nvme_spec.status import Status
 
 __all__ = ["Carrier", "Request"]
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from vfiopy.dma import DmaArray
 from vfiopy.drivers.nvme.commands import Command
-from vfiopy.drivers.nvme.structures import CQE
 from vfiopy.errors import VfioTimeoutError
 from vfiopy.mmio import Region
+from vfiopy.nvme_spec.structures import CQE
 
 __all__ = ["Completion", "CompletionRing", "SubmissionRing"]
 
