@@ -19,16 +19,15 @@ from vfiopy.backend import (
     RegionIndex,
     RegionInfo,
     Window,
-    region_name,
 )
-from vfiopy.emulated.bar_memory import BarMemory
+from vfiopy.emulated.bars import Bars, check_range
 from vfiopy.emulated.capabilities import MsiX
 from vfiopy.emulated.host import EmulatedHost, EmulatedMapper
 from vfiopy.emulated.irqs import IrqRequest, IrqTable
 from vfiopy.emulated.migration import Migration
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.emulated.virtual_config import VirtualConfig
-from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, StateError
+from vfiopy.errors import AddressRangeError, NotSupportedError, StateError
 from vfiopy.file_window import FileWindow
 from vfiopy.lives import Resource
 from vfiopy.pci.memory_watch import MemoryWatch
@@ -37,8 +36,7 @@ from vfiopy.signals import Cause, MemorySignals
 __all__ = ["EmulatedDeviceIo"]
 
 _BAR_WINDOW_TOP = 0xFEBF_0000  # where firmware of a PC puts 32-bit BARs, downwards
-_WIDTHS = (8, 4, 2, 1)
-_ALIGNED = frozenset(_WIDTHS)
+_ALIGNED = frozenset((8, 4, 2, 1))
 _MIGRATION = (uapi.VFIO_DEVICE_FEATURE_MIGRATION, uapi.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE)
 _LOGGING = (
     uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
@@ -70,11 +68,8 @@ class EmulatedDeviceIo(Resource):
         self._watch = MemoryWatch(self.signals)
         self._irqs = IrqTable(device, self._label)
         self._windows: list[FileWindow] = []
-        self._hidden = self._msix_areas()
-        # BARs of registers only, and their sizes
-        self._registers = {
-            index: bar.size for index, bar in device.bars.items() if not bar.shared and index not in self._hidden
-        }
+        self._bars = Bars(device, self._label)
+        self._registers = self._bars.registers
         host = EmulatedHost(device, mapper, self._irqs)
         self._log = host.log
         self._migration = Migration(device)
@@ -186,22 +181,13 @@ class EmulatedDeviceIo(Resource):
     def _read_carefully(self, index: int, offset: int, size: int) -> bytes:
         self.check_open()
         if index == RegionIndex.CONFIG:
-            self._check_range(index, self.device.config.size, offset, size)
+            check_range(self.name, index, self.device.config.size, offset, size)
             return self._read_config(offset, size)
-        self._check_bar(index, offset, size)
-        return b"".join(self._read_piece(index, at, width) for at, width in _pieces(offset, size))
+        return self._bars.read(index, offset, size)
 
     def _read_config(self, offset: int, size: int) -> bytes:
         with self.device.lock:
             return self._config.read(offset, size)
-
-    def _read_piece(self, index: int, offset: int, width: int) -> bytes:
-        device = self.device
-        if self._is_hidden(index, offset, width):
-            return b"\xff" * width
-        if index in device.memories:
-            return bytes(device.memories[index].view[offset : offset + width])
-        return device.handle_read(index, offset, width).to_bytes(width, "little")
 
     def write(self, index: int, offset: int, data: bytes) -> None:
         """Write bytes; what is not an aligned access becomes the widest aligned ones that fit.
@@ -227,54 +213,11 @@ class EmulatedDeviceIo(Resource):
     def _write_carefully(self, index: int, offset: int, data: bytes) -> None:
         self.check_open()
         if index == RegionIndex.CONFIG:
-            self._check_range(index, self.device.config.size, offset, len(data))
+            check_range(self.name, index, self.device.config.size, offset, len(data))
             with self._watch.writing(offset, data, self._read_config), self.device.lock:
                 self._config.write(offset, data)
             return
-        self._check_bar(index, offset, len(data))
-        for at, width in _pieces(offset, len(data)):
-            self._write_piece(index, at, data[at - offset : at - offset + width])
-
-    def _write_piece(self, index: int, offset: int, data: bytes) -> None:
-        device, width = self.device, len(data)
-        if self._is_hidden(index, offset, width):
-            return
-        if index in device.memories:
-            device.memories[index].view[offset : offset + width] = data
-        else:
-            device.handle_write(index, offset, width, int.from_bytes(data, "little"))
-
-    def _check_bar(self, index: int, offset: int, size: int) -> None:
-        bar = self.device.bars.get(index)
-        self._check_range(index, bar.size if bar else 0, offset, size)
-        if not self.device.config.memory_enabled:
-            raise DeviceGoneError(
-                f"BAR {index} does not answer: memory decode is off or the function is not in D0",
-                errno=errno.EIO,
-                object=self.name,
-                hint="set bit 1 of the command register (device.memory_enabled = True)",
-            )
-
-    def _check_range(self, index: int, region: int, offset: int, size: int) -> None:
-        if not region:
-            raise AddressRangeError(f"the device has no {region_name(index)}", object=self.name)
-        if offset < 0 or size < 0 or offset + size > region:
-            raise AddressRangeError(
-                f"{region_name(index)}, offset {offset:#x}, {size} bytes: outside of its {region:#x} bytes",
-                object=self.name,
-            )
-
-    def _msix_areas(self) -> dict[int, range]:
-        """Where the MSI-X table lies: vfio-pci owns it; it reads as ones and does not take writes."""
-        found = self.device.config.find(MsiX)
-        if found is None:
-            return {}
-        table = found[0]
-        return {table.table_bar: range(table.table_offset, table.table_offset + table.table_size)}
-
-    def _is_hidden(self, index: int, offset: int, width: int) -> bool:
-        area = self._hidden.get(index)
-        return area is not None and offset < area.stop and area.start < offset + width
+        self._bars.write(index, offset, data)
 
     def map_region(self, index: int, offset: int, size: int) -> Window:
         """Map a part of a BAR that is shared memory. With memory decode off, touching it is a SIGBUS.
@@ -284,8 +227,9 @@ class EmulatedDeviceIo(Resource):
             AddressRangeError: outside of the region.
             AlignmentError: not whole pages.
         """
-        memory = self._memory(index)
-        self._check_range(index, memory.size, offset, size)
+        self.check_open()
+        memory = self._bars.memory(index)
+        check_range(self.name, index, memory.size, offset, size)
         window = FileWindow(memory.fd, offset, size, owner=memory)
         with self.device.lock:
             self._windows[:] = [old for old in self._windows if old] + [window]
@@ -298,23 +242,13 @@ class EmulatedDeviceIo(Resource):
         Raises:
             NotSupportedError: the region has handlers.
         """
-        return self._memory(index).fd, 0
+        self.check_open()
+        return self._bars.memory(index).fd, 0
 
     def doorbells(self, index: int) -> Sequence[Doorbell]:
         """Return the doorbells that the device declares in a region: see :class:`vfiopy.backend.DoorbellIo`."""
         self.check_open()
         return self.device.doorbells.get(index, ())
-
-    def _memory(self, index: int) -> BarMemory:
-        self.check_open()
-        memory = self.device.memories.get(index)
-        if memory is None:
-            raise NotSupportedError(
-                f"{region_name(index)} is served by code and cannot be mapped",
-                object=self.name,
-                hint="use its read and write methods; region_info().flags says MMAP where a region can be mapped",
-            )
-        return memory
 
     # --- the rest ------------------------------------------------------------------------------------------------
 
@@ -413,14 +347,3 @@ def _follow(device: PciDevice, irqs: IrqTable, windows: list[FileWindow]) -> Cal
             window.show(device.config.memory_enabled)
 
     return config_changed
-
-
-def _pieces(offset: int, size: int) -> list[tuple[int, int]]:
-    """Cut a range into aligned accesses of 8, 4, 2 and 1 bytes, as vfio-pci does."""
-    pieces = []
-    end = offset + size
-    while offset < end:
-        width = next(w for w in _WIDTHS if not offset % w and offset + w <= end)
-        pieces.append((offset, width))
-        offset += width
-    return pieces
