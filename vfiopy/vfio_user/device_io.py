@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -14,30 +13,25 @@ from vfiopy.backend import (
     IrqAction,
     IrqFlag,
     IrqInfo,
-    RegionFlag,
     RegionIndex,
     RegionInfo,
     Window,
-    region_name,
 )
-from vfiopy.errors import AddressRangeError, DeviceGoneError, NotSupportedError, ProtocolError, StateError, VfioError
-from vfiopy.file_window import FileWindow
+from vfiopy.errors import AddressRangeError, DeviceGoneError, ProtocolError, StateError, VfioError
 from vfiopy.lives import Resource
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import close_fds
 from vfiopy.vfio_user.client_irqs import ClientIrqs
+from vfiopy.vfio_user.client_regions import FIRST_ARGSZ, ClientRegions
 from vfiopy.vfio_user.connection import Connection
-from vfiopy.vfio_user.doorbells import DoorbellFd, decode_io_fds
+from vfiopy.vfio_user.doorbells import DoorbellFd
 from vfiopy.vfio_user.power import PowerState, power_up
-from vfiopy.vfio_user.region_info import decode_region_info
 from vfiopy.vfio_user.wire import Command
 
 __all__ = ["VfioUserDeviceIo"]
 
 _MOST_WRITE: Final = 128 << 10  # libvfio-user loses the stream with what does not fit into the socket's buffer
 _MOST_READ: Final = 1 << 20
-_FIRST_ARGSZ: Final = 1024
-_MOST_ARGSZ: Final = 1 << 16
 _MOST_REGIONS: Final = 256
 _CONFIG: Final = int(RegionIndex.CONFIG)
 
@@ -70,9 +64,8 @@ class VfioUserDeviceIo(Resource):
         super().__init__(name)
         self.connection = connection
         self._on_reconnect = on_reconnect
-        self._regions: dict[int, RegionInfo] = {}
-        self._files: dict[int, int] = {}
-        self._windows: list[FileWindow] = []
+        self._regions = ClientRegions(name, self._request_fds)
+        self._known = self._regions.known
         self._irqs = ClientIrqs(name, self._send_irqs)
         self._irq_infos: dict[int, IrqInfo] = {}
         self._posting = False
@@ -122,7 +115,9 @@ class VfioUserDeviceIo(Resource):
         size = wire.DEVICE_INFO.size
         record = wire.DEVICE_INFO.unpack(self._request(Command.GET_INFO, wire.DEVICE_INFO.pack(size, 0, 0, 0)))
         if record.num_regions > _MOST_REGIONS or record.num_irqs > _MOST_REGIONS:
-            raise self._malformed(f"a device of {record.num_regions} regions and {record.num_irqs} interrupt indexes")
+            raise self._regions.malformed(
+                f"a device of {record.num_regions} regions and {record.num_irqs} interrupt indexes"
+            )
         return DeviceInfo(
             record.num_regions,
             record.num_irqs,
@@ -133,46 +128,12 @@ class VfioUserDeviceIo(Resource):
     def region_info(self, index: int) -> RegionInfo:
         """Describe a region; asked once. Size 0 where the device has none of this index."""
         self.check_open()
-        found = self._regions.get(index)
+        found = self._regions.known.get(index)
         if found is None:
             if not 0 <= index < self._info.num_regions:
                 raise AddressRangeError(f"there is no region {index}", object=self._label)
-            found = self._regions[index] = self._ask_region(index)
+            found = self._regions.ask(index)
         return found
-
-    def _ask_region(self, index: int) -> RegionInfo:
-        argsz = _FIRST_ARGSZ
-        while True:
-            try:
-                payload, fds = self._request_fds(
-                    Command.GET_REGION_INFO, wire.REGION_INFO.pack(argsz, 0, index, 0, 0, 0)
-                )
-            except AddressRangeError:  # some servers refuse what is absent
-                return RegionInfo(index, 0, RegionFlag(0))
-            try:
-                needed = wire.REGION_INFO.unpack(payload).argsz
-                if argsz < needed <= _MOST_ARGSZ:
-                    argsz = needed
-                    continue
-                info, _ = decode_region_info(payload)
-                if info.index != index:
-                    raise self._malformed(f"region {info.index} instead of {index}")
-                return self._keep_file(info, fds)
-            finally:
-                close_fds(fds)
-
-    def _keep_file(self, info: RegionInfo, fds: list[int]) -> RegionInfo:
-        """Keep the fd that a region can be mapped by; without a good one it cannot."""
-        if RegionFlag.MMAP in info.flags and fds and self._fits(info, fds[0]):
-            self._files[info.index] = fds.pop(0)
-            return info
-        return RegionInfo(info.index, info.size, info.flags & ~RegionFlag.MMAP, type=info.type)
-
-    @staticmethod
-    def _fits(info: RegionInfo, fd: int) -> bool:
-        status = os.fstat(fd)
-        end = max((area.offset + area.size for area in info.sparse or ()), default=info.size)
-        return not stat.S_ISREG(status.st_mode) or info.offset + end <= status.st_size
 
     def irq_info(self, index: int) -> IrqInfo:
         """Describe an interrupt index; asked once. Count 0 where the device has none of this kind."""
@@ -191,7 +152,7 @@ class VfioUserDeviceIo(Resource):
         except AddressRangeError:
             return IrqInfo(index, 0, IrqFlag(0))
         if record.irq != index:
-            raise self._malformed(f"interrupt index {record.irq} instead of {index}")
+            raise self._regions.malformed(f"interrupt index {record.irq} instead of {index}")
         return IrqInfo(index, record.vectors, IrqFlag(record.flags & 0xF))
 
     # --- registers ---------------------------------------------------------------------------------------------------
@@ -215,7 +176,7 @@ class VfioUserDeviceIo(Resource):
         reply = self.connection.request(Command.REGION_READ, wire.REGION_ACCESS.pack(offset, index, size))
         if len(reply.payload) != wire.REGION_ACCESS.size + size or reply.fds:
             close_fds(reply.fds)
-            raise self._malformed(f"{len(reply.payload)} bytes for a read of {size}")
+            raise self._regions.malformed(f"{len(reply.payload)} bytes for a read of {size}")
         return bytes(memoryview(reply.payload)[wire.REGION_ACCESS.size :])
 
     def write(self, index: int, offset: int, data: bytes) -> None:
@@ -240,26 +201,21 @@ class VfioUserDeviceIo(Resource):
             if self._power.concerned(offset, size):
                 self._look_at_power()
         elif index <= RegionIndex.BAR5:
-            self._posting = not self._windows
+            self._posting = not self._regions.windows
 
     def _check_range(self, index: int, offset: int, size: int) -> None:
-        info = self._regions.get(index)
+        info = self._known.get(index)
         if info is None or not self._open or self._pid != os.getpid():
             info = self.region_info(index)
         if offset < 0 or size < 0 or offset + size > info.size:
-            if not info.size:
-                raise AddressRangeError(f"the device has no {region_name(index)}", object=self._label)
-            raise AddressRangeError(
-                f"{region_name(index)}, offset {offset:#x}, {size} bytes: outside of its {info.size:#x} bytes",
-                object=self._label,
-            )
+            self._regions.check(info, offset, size)
 
     def _look_at_power(self) -> None:
         """Follow what configuration space now says: whether mapped BARs answer, and posted writes may be lost."""
         self._posting = False
-        if self._power.known and self._windows:
+        if self._power.known and self._regions.windows:
             on = self._power.memory_answers(self)
-            for window in self._windows:
+            for window in self._regions.windows:
                 window.show(on)
 
     def map_region(self, index: int, offset: int, size: int) -> Window:
@@ -270,21 +226,7 @@ class VfioUserDeviceIo(Resource):
             AddressRangeError: outside of the region.
             AlignmentError: not whole pages.
         """
-        info = self.region_info(index)
-        self._check_range(index, offset, size)
-        fd = self._files.get(index, -1)
-        areas = info.sparse
-        inside = areas is None or any(
-            area.offset <= offset and offset + size <= area.offset + area.size for area in areas
-        )
-        if fd < 0 or not inside:
-            raise NotSupportedError(
-                f"{region_name(index)} is served by messages and cannot be mapped there",
-                object=self._label,
-                hint="use its read and write methods; region_info().flags says MMAP where a region can be mapped",
-            )
-        window = FileWindow(fd, info.offset + offset, size, writable=RegionFlag.WRITE in info.flags)
-        self._windows = [old for old in self._windows if old] + [window]
+        window = self._regions.map(self.region_info(index), offset, size)
         self._look_at_power()
         return window
 
@@ -297,16 +239,7 @@ class VfioUserDeviceIo(Resource):
             AddressRangeError: no such region.
         """
         self.region_info(index)
-        argsz = _FIRST_ARGSZ
-        while True:
-            payload, fds = self._request_fds(Command.GET_REGION_IO_FDS, wire.IO_FDS.pack(argsz, 0, index, 0))
-            try:
-                needed = wire.IO_FDS.unpack(payload).argsz
-                if not argsz < needed <= _MOST_ARGSZ:
-                    return decode_io_fds(payload, fds, index)
-                argsz = needed
-            finally:
-                close_fds(fds)
+        return self._regions.doorbell_fds(index)
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
@@ -352,7 +285,7 @@ class VfioUserDeviceIo(Resource):
             NotSupportedError: the server does not have it.
         """
         self.check_open()
-        argsz = wire.FEATURE.size + max(len(data), _FIRST_ARGSZ)
+        argsz = wire.FEATURE.size + max(len(data), FIRST_ARGSZ)
         while True:
             reply = self._request(Command.FEATURE, wire.FEATURE.pack(argsz, number | operation), data)
             needed = wire.FEATURE.unpack(reply).argsz
@@ -368,7 +301,7 @@ class VfioUserDeviceIo(Resource):
         reply = self._request(Command.MIG_DATA_READ, wire.MIGRATION_DATA.pack(fixed + asked, asked))
         got = wire.MIGRATION_DATA.unpack(reply).size
         if got > asked or len(reply) != fixed + got:
-            raise self._malformed(f"{len(reply)} bytes for {asked} of migration data")
+            raise self._regions.malformed(f"{len(reply)} bytes for {asked} of migration data")
         return bytes(memoryview(reply)[fixed:])
 
     def migration_write(self, data: bytes) -> None:
@@ -391,15 +324,14 @@ class VfioUserDeviceIo(Resource):
             ProtocolError: another device is there now.
         """
         self.check_open()
-        if any(self._windows):
+        if any(self._regions.windows):
             raise StateError(f"{self._label} cannot be connected again while parts of its BARs are mapped")
         if self._on_reconnect is None:
             raise StateError(f"{self._label} was handed in as a socket: there is no path to connect to again")
         self.connection.close()
-        before = (self._info, {index: info.size for index, info in self._regions.items()})
-        self._drop_files()
+        before = (self._info, {index: info.size for index, info in self._known.items()})
+        self._regions.forget()
         self.connection = self._on_reconnect()
-        self._regions.clear()
         self._irq_infos.clear()
         self._info = self._ask_info()
         if (self._info, {index: self.region_info(index).size for index in before[1]}) != before:
@@ -421,17 +353,14 @@ class VfioUserDeviceIo(Resource):
         reply = self.connection.request(command, *parts, fds=fds, detail=detail)
         return reply.payload, reply.fds
 
-    def _malformed(self, what: str) -> ProtocolError:
-        return ProtocolError(f"the server's answer is malformed: {what}", object=self._label)
-
     # --- end ---------------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        if any(self._windows):
+        if any(self._regions.windows):
             raise StateError(f"{self.name} cannot be closed while parts of its BARs are mapped")
         self._settle()
         self.connection.close()
-        self._drop_files()
+        self._regions.forget()
         self._irqs.close()
 
     def _settle(self) -> None:
@@ -440,16 +369,12 @@ class VfioUserDeviceIo(Resource):
             if self._posting:
                 self._request(Command.GET_INFO, wire.DEVICE_INFO.pack(wire.DEVICE_INFO.size, 0, 0, 0))
 
-    def _drop_files(self) -> None:
-        close_fds(list(self._files.values()))
-        self._files.clear()
-
     def _leftover(self) -> Callable[[], None]:
         return self.abandon
 
     def abandon(self) -> None:
         """Close, windows and all."""
-        for window in self._windows:
+        for window in self._regions.windows:
             window.close()
         with suppress(DeviceGoneError):
             self.close()
