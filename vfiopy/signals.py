@@ -30,13 +30,14 @@ class Cause(Enum):
     LOW_POWER = "it entered low power"
     RESET = "it was reset"
     HOT_RESET = "its bus was reset"
+    DECODE_TOUCHED = "its memory bit was written as 0, which ends imports even though a virtual function has none"
     CLOSED = "it was closed"
     EXPORTER_GONE = "the process that exported it has ended"
 
     @property
     def lasts(self) -> bool:
         """The memory does not come back by itself as soon as the operation is over."""
-        return self not in (Cause.RESET, Cause.HOT_RESET)
+        return self not in (Cause.RESET, Cause.HOT_RESET, Cause.DECODE_TOUCHED)
 
     @property
     def final(self) -> bool:
@@ -126,7 +127,7 @@ class MemorySignals:
     def _took(self, cause: Cause) -> None:
         if cause.lasts:
             self._causes[cause] = None
-        else:
+        elif cause is not Cause.DECODE_TOUCHED:
             self._causes.pop(Cause.POWER, None)  # after a reset the function is in D0
 
     def took(self, cause: Cause) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from dmabuf_support import BAR_SIZE, PAGE, Peers, export, no_dmabuf_left
 from ioctl_support import wait_for
-from modes import EDU, IVSHMEM, NVME
+from modes import EDU, IGB, IVSHMEM, NVME
 
 import vfiopy
 from vfiopy import DmaBufMapping, ImportState, RevokedError
@@ -114,6 +114,29 @@ def test_09_memory_decode_off(peers: Peers, way: str) -> None:
     write(peers, command | 2)
     check_dead_then_back(peers, imported, "its memory decode was switched off")
     assert len(heard) == 1
+    imported.unmap()
+
+
+@pytest.fixture
+def virtual_peers(bound: tuple[str, str, str], bdf: Bdf) -> Iterator[Peers]:
+    """The exporter is a virtual function."""
+    sysfs = Path("/sys/bus/pci/devices") / bdf(IGB)
+    (sysfs / "sriov_numvfs").write_text("1")  # under igb, its own driver
+    try:
+        virtual = (sysfs / "virtfn0").resolve().name
+        with vfiopy.bind(virtual), no_dmabuf_left():
+            peers = Peers(bound[0], virtual, bar=0)
+            yield peers
+            peers.close()
+    finally:
+        (sysfs / "sriov_numvfs").write_text("0")
+
+
+def test_09_virtual_functions_have_no_memory_bit(virtual_peers: Peers) -> None:
+    peers = virtual_peers
+    imported = make(peers)
+    peers.exporter.config.write16(COMMAND, 0)
+    check_dead_then_back(peers, imported, "its memory bit was written as 0")
     imported.unmap()
 
 

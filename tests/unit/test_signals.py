@@ -177,6 +177,21 @@ def test_the_memory_bit(write: Callable[..., list[object]]) -> None:
     assert write(8, bytes(64)) == []
 
 
+def test_a_virtual_function_has_no_memory_bit() -> None:
+    signals = MemorySignals("device")
+    listener = Listener(signals)
+    signals.took(Cause.POWER)
+    listener.log.clear()
+    asked: list[bool] = []
+    watch = MemoryWatch(signals, lambda: not asked.append(True))
+    for _ in range(2):
+        with watch.writing(4, b"\x00\x00", lambda at, size: config()[at : at + size]):
+            pass
+    assert ("gone", Cause.DECODE_TOUCHED) in listener.log  # imports are dead,
+    assert signals.absent is Cause.POWER  # but what is away is so for another reason
+    assert len(asked) == 1
+
+
 def test_power_and_resets(write: Callable[..., list[object]]) -> None:
     assert write(POWER + 4, b"\x03\x00") == [Cause.POWER]
     assert write(POWER + 4, b"\x00\x00") == []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Final
 
 from vfiopy import uapi
 from vfiopy.backend import RegionIndex
-from vfiopy.errors import VfioError
+from vfiopy.errors import PciAddressError, VfioError
 from vfiopy.kernel.ioctl.watch import WatchedFd
+from vfiopy.pci import Function
 from vfiopy.pci.memory_watch import MemoryWatch
 from vfiopy.signals import Cause, MemorySignals, taking
 
@@ -37,7 +38,7 @@ class KernelMemoryWatch:
 
     def __init__(self, signals: MemorySignals) -> None:
         self.signals = signals
-        self._config_space = MemoryWatch(signals)
+        self._config_space = MemoryWatch(signals, lambda: _is_virtual(signals.name))
         self._config: range | None = None
 
     def writing(self, fd: WatchedFd, offset: int, data: bytes) -> AbstractContextManager[object]:
@@ -81,6 +82,12 @@ class KernelMemoryWatch:
     def closing(self) -> AbstractContextManager[object]:
         """The end."""
         return self.signals.closing()
+
+
+def _is_virtual(name: str) -> bool:
+    with suppress(PciAddressError):
+        return Function(name).physfn is not None
+    return False  # not on the PCI bus: a mediated device
 
 
 def _config_of(fd: WatchedFd) -> range:

@@ -2,7 +2,8 @@
 
 As vfio-pci judges them (drivers/vfio/pci/vfio_pci_config.c): the memory bit of the command register, D3hot in the power
 management capability, and a function level reset through the PCI Express or the advanced features capability. Bus
-mastering does not count.
+mastering does not count. A virtual function has no memory bit (PCI Express Base 6.0, 9.3.4.1.3): its memory stays, but
+vfio-pci ends imports of it when a 0 is written there.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ class MemoryWatch:
 
     Args:
         signals: who is told.
+        is_virtual: whether it is a virtual function; asked once, when it matters.
     """
 
-    def __init__(self, signals: MemorySignals) -> None:
+    def __init__(self, signals: MemorySignals, is_virtual: Callable[[], bool] = lambda: False) -> None:
         self.signals = signals
+        self._is_virtual = is_virtual
+        self._off: Cause | None = None
         self._power: int | None = None
         self._resets: dict[int, int] = {}
         self._decoded = False
@@ -54,6 +58,11 @@ class MemoryWatch:
                 case AdvancedFeatures() if capability.flr:
                     self._resets[capability.offset + _AF_CONTROL] = _AF_FLR
         self._decoded = True
+
+    def _decode_off(self) -> Cause:
+        if self._off is None:
+            self._off = Cause.DECODE_TOUCHED if self._is_virtual() else Cause.DECODE
+        return self._off
 
     @contextmanager
     def writing(self, offset: int, data: bytes, read: Read) -> Iterator[None]:
@@ -83,7 +92,10 @@ class MemoryWatch:
 
         command = byte(_COMMAND)
         if command is not None:
-            (given if command & _COMMAND_MEMORY else taken).append(Cause.DECODE)
+            if command & _COMMAND_MEMORY:
+                given.append(Cause.DECODE)
+            else:
+                taken.append(self._decode_off())
         if offset + len(data) <= _HEADER_END:
             return taken, given
         if not self._decoded:
