@@ -322,6 +322,8 @@ def test_24_the_cpu_goes_through_the_device(peers: Peers) -> None:
         with buffer.cpu_access("r", offset=PAGE, size=16) as array:
             assert bytes(array[:4]) == b"\xf0\xde\xbc\x9a"
         del array
+        with pytest.raises(AlignmentError, match="items of 8 bytes"), buffer.cpu_access("r", size=12, dtype="u8"):
+            pass
         # What the kernel itself says to mmap, and to SYNC of such a dma-buf:
         with pytest.raises(NotSupportedError, match="a dma-buf of a PCI BAR never has") as caught:
             buffer.calls.map(0, PAGE, 3)

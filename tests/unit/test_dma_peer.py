@@ -92,6 +92,20 @@ def test_it_dies_with_the_exporters_decode_and_comes_back(pair: Pair) -> None:
     pair.space.book.verify()
 
 
+def test_who_asks_late_is_told_at_once(pair: Pair) -> None:
+    imported = pair.space.peer(pair.bar, size=PAGE)
+    pair.exporter.reset()
+    heard: list[vfiopy.DmaBufMapping] = []
+    imported.on_revoked(heard.append)
+    assert heard == [imported]
+    imported.remap()
+    imported.on_revoked(heard.append)
+    assert len(heard) == 1
+    pair.exporter.reset()
+    assert len(heard) == 3
+    imported.unmap()
+
+
 def test_it_does_not_come_back_before_the_memory_does(pair: Pair) -> None:
     imported = pair.space.peer(pair.bar, size=PAGE)
     pair.exporter.memory_enabled = False

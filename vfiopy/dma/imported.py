@@ -38,6 +38,12 @@ class ImportedMemory:
         self._space: weakref.ref[Any] | None = None  # the book keeps this object alive, and the space the book
         self._iova = self._serial = 0
         self._before = ImportState.LIVE
+        self._told = False
+
+    @property
+    def missed(self) -> bool:
+        """It is revoked, and the owners were told already: who comes now was not. With the lock."""
+        return self.state is ImportState.REVOKED and self._told
 
     def mapped(self, mapping: Mapping, space: object) -> None:
         """It is in the book now."""
@@ -59,7 +65,7 @@ class ImportedMemory:
             if cause.final:
                 self.cause = cause
             return False
-        self._before = self.state
+        self._before, self._told = self.state, False
         return self.mark(ImportState.REVOKED, cause)
 
     def stayed(self) -> None:
@@ -68,7 +74,10 @@ class ImportedMemory:
 
     def gone(self, cause: Cause) -> None:  # noqa: ARG002  the handle has it
         """It is gone: tell the owners."""
-        for callback in list(self.callbacks):
+        with self.origin.signals.lock:
+            self._told = True
+            callbacks = list(self.callbacks)
+        for callback in callbacks:
             report_errors(callback)
 
     def doubtful(self) -> None:

@@ -20,17 +20,14 @@ from vfiopy.backend import Area, Copier, DeviceWindow, Mapper, Prot
 from vfiopy.dma.buffer import FREE_TIMEOUT, DmaArray
 from vfiopy.dma.imported import ImportedMemory, ImportState, check_there
 from vfiopy.dma.mapping import Mapping
-from vfiopy.dma.memory import PAGE_SIZE, OwnedFd
-from vfiopy.dmabuf import DmaBuf
+from vfiopy.dma.memory import OwnedFd
 from vfiopy.dmabuf.origin import BarOrigin, Origin
 from vfiopy.errors import (
-    AddressRangeError,
-    AlignmentError,
     ClosedError,
-    MemoryKindError,
     NotSupportedError,
     RevokedError,
 )
+from vfiopy.lives import report_errors
 from vfiopy.mmio import numpy_view
 from vfiopy.signals import Cause
 
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
     from vfiopy.iova import IovaSpace
     from vfiopy.pci.p2p import PeerPath
 
-__all__ = ["DmaBufMapping", "ImportState", "ImportingSpace", "import_dmabuf"]
+__all__ = ["DmaBufMapping", "ImportState", "ImportingSpace", "let_go", "listen", "still_away"]
 
 
 class ImportingSpace(Protocol):
@@ -207,9 +204,16 @@ class DmaBufMapping:
     def on_revoked(self, callback: Callable[[DmaBufMapping], object]) -> None:
         """Have ``callback(mapping)`` called after the memory was taken back, with no lock held; it may unmap or remap.
 
-        Errors in it go to ``sys.unraisablehook``.
+        It is called at once where the memory was taken back before. Errors in it go to ``sys.unraisablehook``.
         """
-        self._memory.callbacks.append(partial(callback, self))
+        memory = self._memory
+        memory.origin.look()
+        call = partial(callback, self)
+        with memory.origin.signals.lock:
+            memory.callbacks.append(call)
+            missed = memory.missed and bool(self.mapping)
+        if missed:
+            report_errors(call)
 
     # --- changing ---
 
@@ -241,7 +245,7 @@ class DmaBufMapping:
                 memory.mark(ImportState.LIVE, None)
                 return
         origin.refused()
-        raise _still_away(origin, refused) from refused
+        raise still_away(origin, refused) from refused
 
     def unmap(self, *, timeout: float = 0.0) -> None:
         """Take it away from the devices, live or not: see :meth:`vfiopy.dma.Mapping.unmap`."""
@@ -277,9 +281,9 @@ class DmaBufMapping:
             with memory.origin.signals.lock:
                 self._check()
                 mapping = space.copy_window(twin, rights, iova, copier, self.space.mappers[0], self.mapping.iova)
-                _listen(copy, mapping, space)
+                listen(copy, mapping, space)
         except BaseException:
-            _let_go(space, twin, own)
+            let_go(space, twin, own)
             raise
         return DmaBufMapping(space, mapping, copy)
 
@@ -325,12 +329,14 @@ def _copier(source: ImportingSpace, target: ImportingSpace) -> Copier | None:
     return mapper if isinstance(mapper, Copier) and mapper.can_copy_from(source.mappers[0]) else None
 
 
-def _listen(memory: ImportedMemory, mapping: Mapping, space: ImportingSpace) -> None:
+def listen(memory: ImportedMemory, mapping: Mapping, space: ImportingSpace) -> None:
+    """Have the hub tell an import of its memory's end. With the lock of the origin's signals."""
     memory.mapped(mapping, space)
     memory.origin.signals.listen(memory)
 
 
-def _still_away(origin: Origin, error: RevokedError) -> RevokedError:
+def still_away(origin: Origin, error: RevokedError) -> RevokedError:
+    """What a refused import or remap says where it is known why."""
     signals = origin.signals
     cause = signals.absent
     if cause is None:
@@ -341,83 +347,7 @@ def _still_away(origin: Origin, error: RevokedError) -> RevokedError:
     )
 
 
-def _part(buffer: DmaBuf, offset: int, size: int | None) -> Area:
-    length = buffer.size - offset if size is None else size
-    if offset % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
-        raise AlignmentError(
-            f"{length:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE:#x} bytes", object=buffer.label
-        )
-    if offset < 0 or offset + length > buffer.size:
-        raise AddressRangeError(
-            f"{length:#x} bytes at offset {offset:#x} reach beyond its {buffer.size:#x} bytes", object=buffer.label
-        )
-    return Area(offset, length)
-
-
-def import_dmabuf(
-    space: ImportingSpace,
-    buffer: DmaBuf,
-    part: tuple[int, int | None],
-    prot: Prot,
-    place: dict[str, Any],
-    find_paths: Callable[[], Sequence[PeerPath]] = tuple,
-) -> DmaBufMapping:
-    """See :meth:`vfiopy.AddressSpace.import_dmabuf`.
-
-    Args:
-        space: where.
-        buffer: what.
-        part: offset and size in bytes, None for the rest.
-        prot: what devices may do.
-        place: ``iova``, ``limit`` and ``alignment`` of ``AddressSpace.map()``.
-        find_paths: see :attr:`DmaBufMapping.paths`.
-    """
-    buffer.check_open()
-    area = _part(buffer, *part)
-    origin = buffer.origin
-    if origin.way:
-        raise NotSupportedError(
-            f"{buffer.label} cannot be imported: iommufd takes only what vfio-pci exports, in one range",
-            object=f"address space '{space.name}'",
-            call="IOMMU_IOAS_MAP_FILE",
-            hint=origin.way,
-        )
-    by_address = space.by_address()
-    if by_address:
-        raise MemoryKindError(
-            f"{', '.join(mapper.name for mapper in by_address)} cannot import dma-bufs",
-            object=f"address space '{space.name}'",
-            hint="open its devices with backend='iommufd'; space.peer(device.bars[n]) says what else there is",
-        )
-    origin.look()
-    memory = ImportedMemory(origin)
-    own = OwnedFd(buffer.fileno())  # for mappers that join later; it goes when the memory is unmapped
-    window = _window(origin, area, own.fd, (memory, own))
-    try:
-        with origin.signals.lock:
-            if origin.signals.over:
-                raise RevokedError("its memory is gone for good", object=buffer.label, call="IOMMU_IOAS_MAP_FILE")
-            mapping = space.map_window(window, prot, **place)
-            _listen(memory, mapping, space)
-    except RevokedError as error:
-        _let_go(space, window, own)
-        origin.refused()
-        raise _still_away(origin, error) from error
-    except BaseException:
-        _let_go(space, window, own)
-        raise
-    return DmaBufMapping(space, mapping, memory, find_paths)
-
-
-def _let_go(space: ImportingSpace, window: DeviceWindow, own: OwnedFd) -> None:
+def let_go(space: ImportingSpace, window: DeviceWindow, own: OwnedFd) -> None:
     """Close the fd of what was not mapped: the traceback of the failure would keep it open."""
     if all(one.memory is not window for one in space.book.mappings()):
         own.close()
-
-
-def _window(origin: Origin, area: Area, fd: int, owner: object) -> DeviceWindow:
-    region, start, physical = -1, 0, 0
-    if isinstance(origin, BarOrigin):
-        region, start = origin.index, origin.areas[0].offset
-        physical = origin.ranges[0].offset + area.offset if origin.ranges else 0
-    return DeviceWindow(region, start + area.offset, area.size, fd, 0, owner, area.offset, physical)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vfiopy.backend import Area, BarPort, BookReader, DeviceWindow, Prot, RegionIndex, TellingIo
 from vfiopy.dma.imported import ImportedMemory, check_there
-from vfiopy.dma.imports import DmaBufMapping, ImportingSpace, import_dmabuf
+from vfiopy.dma.importing import import_dmabuf
+from vfiopy.dma.imports import DmaBufMapping, ImportingSpace
 from vfiopy.dma.memory import PAGE_SIZE
 from vfiopy.dmabuf import DmaBuf
 from vfiopy.dmabuf.origin import BarOrigin

@@ -81,7 +81,7 @@ class PeerMemory(Resource, SpaceBase):
             RevokedError: the exporter does not decode memory now, or is closed.
             OverlapError, IovaRangeError, AlignmentError, NoSpaceError: see :meth:`map`.
         """
-        from vfiopy.dma.imports import import_dmabuf  # noqa: PLC0415  above this file: it maps through it
+        from vfiopy.dma.importing import import_dmabuf  # noqa: PLC0415  above this file: it maps through it
 
         self.check_open()
         drain_finalizers()

@@ -244,6 +244,7 @@ class DmaBuf(Resource):
         Raises:
             NotSupportedError: the exporter has no mmap: a BAR that another process exported, for example.
             RevokedError: a BAR whose device does not decode memory now.
+            AlignmentError: the part is not a whole number of items.
         """
         self.check_open()
         return cpu_access(self, mode, offset, size, dtype, flags)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vfiopy._shim import lib
 from vfiopy.dmabuf.origin import BarOrigin, Origin
-from vfiopy.errors import AddressRangeError, NotSupportedError, RevokedError
+from vfiopy.errors import AddressRangeError, AlignmentError, NotSupportedError, RevokedError
 from vfiopy.kernel.ioctl import DmaBufFd, SyncAccess
 from vfiopy.lives import retire
 from vfiopy.mmio import numpy_view
@@ -64,7 +64,14 @@ def cpu_access(
         raise AddressRangeError(
             f"{length} bytes at offset {offset:#x} are not inside its {buffer.size:#x} bytes", object=buffer.label
         )
-    array = _bar_array(buffer, offset, length, dtype) or _mapped_array(buffer, access, offset, length, dtype)
+    element: np.dtype[Any] = np.dtype(dtype)
+    if length % element.itemsize:
+        raise AlignmentError(
+            f"{length:#x} bytes are not a whole number of items of {element.itemsize} bytes ({element})",
+            object=buffer.label,
+            hint="pass size=, or an element type whose size divides it",
+        )
+    array = _bar_array(buffer, offset, length, element) or _mapped_array(buffer, access, offset, length, element)
     buffer.calls.sync_start(access)  # begins again after EINTR and EAGAIN; waits for fences that are in the way
     try:
         yield array[0]
@@ -72,7 +79,7 @@ def cpu_access(
         buffer.calls.sync_end(access)
 
 
-def _bar_array(buffer: Shared, offset: int, size: int, dtype: npt.DTypeLike) -> list[npt.NDArray[Any]]:
+def _bar_array(buffer: Shared, offset: int, size: int, element: np.dtype[Any]) -> list[npt.NDArray[Any]]:
     """The BAR itself, through its device: vfio-pci's dma-bufs have no mmap."""
     origin = buffer.origin
     if not isinstance(origin, BarOrigin):
@@ -90,18 +97,17 @@ def _bar_array(buffer: Shared, offset: int, size: int, dtype: npt.DTypeLike) -> 
             object=buffer.label,
             hint=f"numpy_view() of {origin.region.name} takes one range at a time",
         )
-    element: np.dtype[Any] = np.dtype(dtype)
     return [numpy_view(origin.region, origin.areas[0].offset + offset, size // element.itemsize, element)]
 
 
 def _mapped_array(
-    buffer: Shared, access: SyncAccess, offset: int, size: int, dtype: npt.DTypeLike
+    buffer: Shared, access: SyncAccess, offset: int, size: int, element: np.dtype[Any]
 ) -> list[npt.NDArray[Any]]:
     skip = offset % mmap.PAGESIZE
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if SyncAccess.WRITE in access else 0)
     address = buffer.calls.map(offset - skip, size + skip, protection)
     whole = np.asarray(_Pages(address, size + skip, SyncAccess.WRITE not in access))
-    return [whole[skip:].view(dtype)]
+    return [whole[skip:].view(element)]
 
 
 class _Pages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from contextlib import suppress
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -28,6 +29,7 @@ class Origin:
     """
 
     _known: ClassVar[WeakValueDictionary[int, Origin]] = WeakValueDictionary()
+    _finding: ClassVar[threading.Lock] = threading.Lock()  # two threads that receive one dma-buf share its origin
 
     def __init__(self, signals: MemorySignals, ranges: tuple[Area, ...] | None = None) -> None:
         self.signals = signals
@@ -160,12 +162,9 @@ class ForeignOrigin(Origin):
 
 def origin_of(inode: int, made: Origin | None = None) -> Origin:
     """Remember or find the origin of a dma-buf."""
-    if made is not None:
-        Origin._known[inode] = made
-        return made
-    found = Origin._known.get(inode)
-    if found is None:
-        found = Origin._known[inode] = ForeignOrigin(f"received dma-buf {inode}")
+    with Origin._finding:
+        found = made or Origin._known.get(inode) or ForeignOrigin(f"received dma-buf {inode}")
+        Origin._known[inode] = found
     return found
 
 
