@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vfiopy.pci.address import PciAddress
+from vfiopy.pci.function import is_vfio_driver
 from vfiopy.pci.system import System
 
 
@@ -175,7 +176,7 @@ class FakeKernel(System):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         (real / "driver").symlink_to(self.driver(name))
         group = self.link_name(real / "iommu_group")
-        if name.endswith("vfio-pci") and group is not None:
+        if is_vfio_driver(name) and group is not None:
             (self.sys / "class/vfio" / group).mkdir(exist_ok=True)
             (self.dev / "vfio" / group).write_text("")
             cdev = f"vfio{PciAddress.parse(address).device}"
@@ -188,7 +189,7 @@ class FakeKernel(System):
         real = (self.pci_devices / address).resolve()
         name = self.link_name(real / "driver")
         (real / "driver").unlink()
-        if name is not None and name.endswith("vfio-pci"):
+        if is_vfio_driver(name):
             for cdev in self.names(real / "vfio-dev"):
                 (self.dev / "vfio/devices" / cdev).unlink(missing_ok=True)
                 for file in self.names(real / "vfio-dev" / cdev):

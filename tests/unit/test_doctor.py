@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,21 @@ def no_module(kernel: FakeKernel) -> None:
     kernel.driver("vfio-pci").rmdir()
 
 
+def variant_only(kernel: FakeKernel) -> None:
+    no_module(kernel)
+    kernel.add_driver("mlx5_vfio_pci")
+
+
+def variant_in_use(kernel: FakeKernel) -> None:
+    unbind(kernel)
+    for file in kernel.driver("vfio-pci").iterdir():
+        file.unlink()
+    kernel.driver("vfio-pci").rmdir()
+    kernel.add_driver("mlx5_vfio_pci")
+    kernel._attach(NIC, "mlx5_vfio_pci")
+    (kernel.driver("mlx5_vfio_pci") / NIC).symlink_to(kernel.pci_devices / NIC)
+
+
 def no_shared_nodes(kernel: FakeKernel) -> None:
     (kernel.dev / "vfio/vfio").unlink()
     (kernel.dev / "iommu").unlink()
@@ -100,6 +116,26 @@ def no_remapping(kernel: FakeKernel) -> None:
     put(kernel, "class/iommu/dmar0/intel-iommu/ecap", "f020d2")
     put(kernel, "module/iommufd/parameters/allow_unsafe_interrupts", "N")
     put(kernel, "module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "Y")
+
+
+def no_remapping_on_amd(kernel: FakeKernel) -> None:
+    (kernel.sys / "class/iommu/ivhd0").mkdir(parents=True)
+    (kernel.proc / "interrupts").write_text(
+        " 24:  0  0  PCI-MSI-0000:00:1c.0    0-edge   PCIe PME\n 1: 9 0 IO-APIC 1-edge\n"
+    )
+    put(kernel, "module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "N")
+
+
+def small_cgroup(kernel: FakeKernel) -> None:
+    (kernel.proc / "self/cgroup").write_text("0::/box/inner\n")
+    put(kernel, "fs/cgroup/box/memory.max", str(32 << 20))
+    put(kernel, "fs/cgroup/box/inner/memory.max", "max")
+
+
+def other_node(kernel: FakeKernel) -> None:
+    put(kernel, "class/vfio/8/dev", "244:8")
+    (kernel.dev / "vfio/8").unlink()
+    (kernel.dev / "vfio/8").symlink_to("/dev/null")
 
 
 def native_driver(kernel: FakeKernel) -> None:
@@ -175,6 +211,16 @@ SYMPTOMS: dict[str, tuple[Callable[[FakeKernel], None], str, Severity, str]] = {
     "no IOMMU": (no_groups, "iommu groups", Severity.BLOCKS, "no ACPI table DMAR"),
     "no IOMMU here": (no_group_here, "no group", Severity.BLOCKS, "iommu_group is missing"),
     "module not loaded": (no_module, "vfio module", Severity.BLOCKS, "vfio-pci is missing"),
+    "only a variant loaded": (variant_only, "vfio module", Severity.BLOCKS, "vfio-pci is missing"),
+    "stale node": (other_node, "stale node", Severity.BLOCKS, "8 is 1:3"),
+    "no interrupt remapping, AMD": (no_remapping_on_amd, "interrupt remapping", Severity.BLOCKS, "none is IR-PCI-MSI"),
+    "small cgroup": (small_cgroup, "cgroup memory", Severity.LIMITS, "box/memory.max is 33554432"),
+    "few mappings": (
+        lambda kernel: put(kernel, "module/vfio_iommu_type1/parameters/dma_entry_limit", "100"),
+        "mapping limit",
+        Severity.NOTE,
+        "is 100",
+    ),
     "stale /dev": (no_shared_nodes, "shared nodes", Severity.BLOCKS, "neither"),
     "no interrupt remapping": (no_remapping, "interrupt remapping", Severity.BLOCKS, "dmar0 cannot remap"),
     "locked down": (
@@ -245,8 +291,22 @@ def test_why_there_is_no_iommu(kernel: FakeKernel) -> None:
 def test_only_the_way_that_refuses_is_named(kernel: FakeKernel) -> None:
     no_remapping(kernel)
     remedy = found(kernel)[0].problem.remedy
-    assert "iommufd.allow_unsafe_interrupts=1" in remedy
-    assert "type1.allow" not in remedy
+    assert "module/iommufd/parameters/allow_unsafe_interrupts" in remedy
+    assert "type1" not in remedy
+
+
+def test_interrupts_that_are_remapped(kernel: FakeKernel) -> None:
+    no_remapping_on_amd(kernel)
+    (kernel.proc / "interrupts").write_text(" 24:  0  0  IR-PCI-MSI-0000:00:1c.0    0-edge\n 25: 0 IO-APIC 9-edge\n")
+    assert found(kernel) == []
+
+
+def test_a_variant_driver_does_for_its_own_devices_only(kernel: FakeKernel) -> None:
+    variant_in_use(kernel)
+    assert found(kernel)[0].problem.severity is Severity.LIMITS
+    kernel.add("0000:05:00.0", driver="igb", group=9)
+    finding = found(kernel, "0000:05:00.0")[0]
+    assert (finding.check, finding.object, finding.problem.severity) == ("vfio module", "0000:05:00.0", Severity.BLOCKS)
 
 
 def test_a_bridge_is_not_for_vfio(kernel: FakeKernel) -> None:
@@ -275,6 +335,14 @@ def test_memlock(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     (kernel.proc / "self/status").write_text(NOT_CAPABLE)
     assert first(kernel) == ("memlock", Severity.LIMITS)
     assert "8 MiB only" in found(kernel)[0].problem.cause
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (128 << 20, resource.RLIM_INFINITY))
+    assert found(kernel) == []
+    (kernel.proc / "42").mkdir()
+    (kernel.proc / "42/status").write_text(f"Uid:\t{os.getuid()}\t0\t0\t0\nVmPin:\t  102400 kB\n")
+    assert first(kernel) == ("memlock", Severity.LIMITS)
+    assert f"{100 << 20} pinned by others" in found(kernel)[0].problem.evidence
+    (kernel.proc / "42/status").write_text("Uid:\t4242\t0\t0\t0\nVmPin:\t  102400 kB\n")
+    assert found(kernel) == []
 
 
 def test_big_pages(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:

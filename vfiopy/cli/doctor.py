@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vfiopy.cli.common import console, print_json, refusals_told, system_of
-from vfiopy.doctor import Finding, Report, Severity, examine
+from vfiopy.doctor import Finding, Report, Severity, examine, explain, read_kernel_log, study_log
 from vfiopy.pci import find, function
 
 __all__ = ["run_doctor"]
@@ -22,12 +24,26 @@ def run_doctor(
     address: Annotated[
         str | None, typer.Argument(help="PCI address; left out: the machine, and each device bound to VFIO.")
     ] = None,
+    log: Annotated[bool, typer.Option("--log", help="Look through the kernel's log too.")] = False,
+    log_file: Annotated[
+        typer.FileText | None,
+        typer.Option("--log-file", help="As --log, of a saved log (dmesg, journalctl -k); - is standard input."),
+    ] = None,
+    error: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="ERROR", help="Only explain an error: 'EPERM VFIO_SET_IOMMU', or a message; - reads."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say why a device cannot be opened, mapped or reset: cause, evidence, remedy, what to fix first.
 
     Opens and changes nothing. Exit status 1 when something keeps a device from being used.
     """
+    if error is not None:
+        _explain(sys.stdin.read() if error == "-" else error, as_json)
+        return
     system = system_of(context)
     with refusals_told():
         if address is None:
@@ -35,11 +51,30 @@ def run_doctor(
         else:
             functions = [function(address, system=system)]
         report = examine(functions, system=system)
+        if log or log_file is not None:
+            lines = read_kernel_log(system.dev / "kmsg") if log_file is None else log_file.read().splitlines()
+            wanted = None if address is None else [one.address for one in functions]
+            report = report.joined(study_log(lines, wanted))
     if as_json:
         print_json(_as_dict(report))
     else:
         _print(console(), report)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _explain(text: str, as_json: bool) -> None:
+    found = explain(text)
+    if as_json:
+        print_json({"format": 1, "explanations": [asdict(one) for one in found]})
+    else:
+        screen = console()
+        for one in found:
+            screen.print(Text.assemble((f"{one.about} {one.errno}".strip(), "bold"), f": {one.cause}"))
+            if one.remedy:
+                screen.print(Text.assemble(("   remedy:   ", "dim"), one.remedy))
+        if not found:
+            screen.print("nothing is known about that: name the errno, and the ioctl or the node")
+    raise typer.Exit(0 if found else 1)
 
 
 def _finding(finding: Finding) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vfiopy.doctor.finding import DeviceCheck, Problem, Severity
-from vfiopy.doctor.machine import noiommu_mode
+from vfiopy.doctor.machine import noiommu_mode, variant_drivers
 from vfiopy.pci import Function, is_vfio_driver, uses
 from vfiopy.pci.iommu import reserved_regions
 
@@ -113,6 +113,19 @@ def _override(one: Function) -> Iterator[Problem]:
         )
 
 
+def _module(one: Function) -> Iterator[Problem]:
+    system = one.system
+    # Without any VFIO driver the machine's check has said so; a variant's being there does not help this function.
+    variants = [] if one.is_vfio or one.header_type else variant_drivers(system)
+    if variants and not system.driver("vfio-pci").exists():
+        yield Problem(
+            Severity.BLOCKS,
+            f"vfio-pci is not loaded, only {', '.join(variants)}, which take their own devices and no others",
+            f"{system.driver('vfio-pci')} is missing",
+            "modprobe vfio-pci",
+        )
+
+
 def _not_bound(one: Function) -> Iterator[Problem]:
     if one.is_vfio or one.header_type:
         return
@@ -150,6 +163,7 @@ BINDING_CHECKS: tuple[DeviceCheck, ...] = (
     DeviceCheck("denylist", _denylist),
     DeviceCheck("virtual functions on", _sriov),
     DeviceCheck("driver override", _override),
+    DeviceCheck("vfio module", _module),
     DeviceCheck("not bound", _not_bound),
     DeviceCheck("group not viable", _group),
 )

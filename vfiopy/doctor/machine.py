@@ -1,23 +1,27 @@
-"""Checks of the machine: IOMMU, modules, shared nodes, limits."""
+"""Checks of the machine: IOMMU, modules, shared nodes."""
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
 
 from vfiopy.doctor.finding import MachineCheck, Problem, Severity
-from vfiopy.pci import System, is_vfio_driver, memlock_limit
-from vfiopy.pci.words import size_words
+from vfiopy.doctor.memory import MEMORY_CHECKS
+from vfiopy.pci import System, is_vfio_driver
 
-__all__ = ["MACHINE_CHECKS", "noiommu_mode"]
+__all__ = ["MACHINE_CHECKS", "noiommu_mode", "variant_drivers"]
 
-_LITTLE_MEMLOCK = 64 << 20  # bytes; the usual default is 8 MiB, one big queue pair takes more
 _INTERRUPT_REMAPPING = 1 << 3  # VT-d specification 4.1, 11.4.3, ECAP.IR
 
 
 def noiommu_mode(system: System) -> bool:
     """VFIO may take devices without an IOMMU."""
     return system.text(system.sys / "module/vfio/parameters/enable_unsafe_noiommu_mode") == "Y"
+
+
+def variant_drivers(system: System) -> list[str]:
+    """VFIO drivers for devices of one kind (``mlx5_vfio_pci``, ...) that are loaded."""
+    return [name for name in system.names(system.pci / "drivers") if is_vfio_driver(name) and name != "vfio-pci"]
 
 
 def _groups(system: System) -> Iterator[Problem]:
@@ -42,17 +46,26 @@ def _groups(system: System) -> Iterator[Problem]:
 
 
 def _module(system: System) -> Iterator[Problem]:
-    if not any(is_vfio_driver(name) for name in system.names(system.pci / "drivers")):
-        yield Problem(
-            Severity.BLOCKS,
-            "no VFIO driver for PCI is loaded",
-            f"{system.driver('vfio-pci')} is missing",
-            "modprobe vfio-pci",
-        )
+    if system.driver("vfio-pci").exists():
+        return
+    variants = variant_drivers(system)
+    bound = [name for name in variants if _devices_of(system, name)]
+    yield Problem(
+        Severity.LIMITS if bound else Severity.BLOCKS,
+        f"only variant drivers are loaded ({', '.join(variants)}), which take their own devices and no others"
+        if variants
+        else "no VFIO driver for PCI is loaded",
+        f"{system.driver('vfio-pci')} is missing",
+        "modprobe vfio-pci",
+    )
+
+
+def _devices_of(system: System, driver: str) -> list[str]:
+    return [name for name in system.names(system.driver(driver)) if ":" in name]
 
 
 def _shared_nodes(system: System) -> Iterator[Problem]:
-    if any(_module(system)):
+    if not any(is_vfio_driver(name) for name in system.names(system.pci / "drivers")):
         return  # the nodes come with the modules
     nodes = [system.dev / "vfio/vfio", system.dev / "iommu"]
     if not any(node.exists() for node in nodes):
@@ -66,15 +79,17 @@ def _shared_nodes(system: System) -> Iterator[Problem]:
 
 def _interrupt_remapping(system: System) -> Iterator[Problem]:
     folder = system.sys / "class/iommu"
-    registers = {
-        name: int(text, 16)
-        for name in system.names(folder)
-        if (text := system.text(folder / name / "intel-iommu/ecap"))
-    }
-    without = [name for name, ecap in registers.items() if not ecap & _INTERRUPT_REMAPPING]
+    units = system.names(folder)
+    registers = {name: int(text, 16) for name in units if (text := system.text(folder / name / "intel-iommu/ecap"))}
     words = (system.text(system.proc / "cmdline") or "").split()
-    told = [word for word in words if word in ("intremap=off", "nointremap")]
-    if not without and not told:
+    if told := [word for word in words if word in ("intremap=off", "nointremap")]:
+        reason = f"command line: {told[0]}"
+    elif without := [name for name, ecap in registers.items() if not ecap & _INTERRUPT_REMAPPING]:
+        reason = f"{', '.join(without)} cannot remap interrupts (extended capability register, bit 3)"
+    elif any(name.startswith(("dmar", "ivhd")) for name in units) and _plain_interrupts(system):
+        # What the hardware could do is not always used: erratum, firmware that opts out. AMD's sysfs says nothing.
+        reason = f"no interrupt of {system.proc}/interrupts is remapped (none is IR-PCI-MSI or IR-IO-APIC)"
+    else:
         return
     closed = [
         module
@@ -82,28 +97,19 @@ def _interrupt_remapping(system: System) -> Iterator[Problem]:
         if system.text(system.sys / "module" / module / "parameters/allow_unsafe_interrupts") == "N"
     ]
     if closed:
-        reason = told[0] if told else f"{', '.join(without)} cannot remap interrupts"
         yield Problem(
             Severity.BLOCKS,
             f"interrupts are not remapped, so {' and '.join(closed)} refuse to attach a device (EPERM)",
             f"{reason}; allow_unsafe_interrupts is N",
-            "switch interrupt remapping on (firmware, x2APIC); or, where all devices are trusted, set "
-            + " and ".join(f"{module}.allow_unsafe_interrupts=1" for module in closed)
+            "switch interrupt remapping on (firmware, x2APIC); or, where all devices are trusted: "
+            + "; ".join(f"echo Y > {system.sys}/module/{name}/parameters/allow_unsafe_interrupts" for name in closed)
             + " (each way has its own)",
         )
 
 
-def _memlock(system: System) -> Iterator[Problem]:
-    limit = memlock_limit(system=system)
-    if limit.exempt or limit.soft is None or limit.soft >= _LITTLE_MEMLOCK:
-        return
-    used = max(limit.locked, limit.pinned)
-    yield Problem(
-        Severity.LIMITS,
-        f"this user may lock {size_words(limit.soft)} only, and DMA memory counts as locked (ENOMEM beyond it)",
-        f"RLIMIT_MEMLOCK is {limit.soft}, {used} in use by this process",
-        "ulimit -l, or /etc/security/limits.d: '@vfio - memlock 8388608'; a service takes LimitMEMLOCK=",
-    )
+def _plain_interrupts(system: System) -> bool:
+    chips = re.findall(r"\b(IR-)?(?:PCI-MSIX?|IO-APIC)", system.text(system.proc / "interrupts") or "")
+    return bool(chips) and not any(chips)
 
 
 def _lockdown(system: System) -> Iterator[Problem]:
@@ -117,24 +123,12 @@ def _lockdown(system: System) -> Iterator[Problem]:
         )
 
 
-def _page_size(_system: System) -> Iterator[Problem]:
-    size = os.sysconf("SC_PAGE_SIZE")
-    if size != 4096:
-        yield Problem(
-            Severity.NOTE,
-            f"pages have {size_words(size)}: IOVA, address and size of each mapping are multiples of that",
-            f"sysconf(_SC_PAGESIZE) is {size}",
-            "do not write 4096 into a driver; let allocate() round",
-        )
-
-
 MACHINE_CHECKS: tuple[MachineCheck, ...] = (
     MachineCheck("iommu groups", _groups),
     MachineCheck("vfio module", _module),
     MachineCheck("shared nodes", _shared_nodes),
     MachineCheck("interrupt remapping", _interrupt_remapping),
-    MachineCheck("memlock", _memlock),
+    *MEMORY_CHECKS,
     MachineCheck("lockdown", _lockdown),
-    MachineCheck("page size", _page_size),
 )
 """In order of what to fix first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Iterator
 
 from vfiopy.doctor.finding import DeviceCheck, Problem, Severity
@@ -32,6 +33,27 @@ def _cdev(one: Function) -> Iterator[Problem]:
     )
 
 
+def _stale_node(one: Function) -> Iterator[Problem]:
+    if not one.is_vfio:
+        return
+    system = one.system
+    pairs = [(node, system.sys / "class/vfio" / node.name / "dev") for node in (one.group_node,) if node is not None]
+    if one.cdev_node is not None:
+        pairs.append((one.cdev_node, one.sysfs / "vfio-dev" / one.cdev_node.name / "dev"))
+    for node, file in pairs:
+        wanted = system.text(file)
+        if wanted is None or not node.is_char_device():
+            continue
+        number = node.stat().st_rdev
+        if f"{os.major(number)}:{os.minor(number)}" != wanted:
+            yield Problem(
+                Severity.BLOCKS,
+                f"{node} is the node of something else: this /dev is an old copy, as in a container",
+                f"{node} is {os.major(number)}:{os.minor(number)}, {file} says {wanted}",
+                "mount a fresh devtmpfs, or start the container again after binding",
+            )
+
+
 def _held(one: Function) -> Iterator[Problem]:
     if not one.is_vfio:
         return
@@ -44,6 +66,13 @@ def _held(one: Function) -> Iterator[Problem]:
             "; ".join(holders),
             "end that process or close the file there; a leaked fd of your own counts",
         )
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _permissions(one: Function) -> Iterator[Problem]:
@@ -62,7 +91,7 @@ def _permissions(one: Function) -> Iterator[Problem]:
         Severity.BLOCKS,
         "this user may not open its nodes (EACCES)",
         "; ".join(modes),
-        f"as root: vfiopy.pci.grant('{one}', user=...), or a udev rule from vfiopy.pci.udev_rule()",
+        f"as root: vfiopy bind {one} --user {_user()}",
     )
 
 
@@ -154,6 +183,7 @@ def _wide_group(one: Function) -> Iterator[Problem]:
 
 OPENING_CHECKS: tuple[DeviceCheck, ...] = (
     DeviceCheck("character device", _cdev),
+    DeviceCheck("stale node", _stale_node),
     DeviceCheck("held", _held),
     DeviceCheck("permissions", _permissions),
     DeviceCheck("no IOMMU", _noiommu),
