@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .console import Console
+from .errands import Errands
 from .machines import Machine
 from .paths import TREE, cache, say, scratch
 from .process import dies_with_us
-from .served import serving
+from .served import Servers
 from .watch import Outcome, Watch
 
 __all__ = ["Job", "run_job"]
@@ -127,8 +128,8 @@ def _plumbing(job: Job, run: Path, far: dict[str, socket.socket]) -> list[str]:
     arguments = ["-device", "virtio-serial-pci,addr=18.0,max_ports=8"]
     for name, end in far.items():
         arguments += ["-chardev", f"socket,id={name},fd={end.fileno()}"]
-    arguments += ["-serial", "chardev:console", "-monitor", "chardev:monitor"]
-    for name in ("ctl", "out", "err"):
+    arguments += ["-serial", "chardev:console", "-monitor", "chardev:monitor", "-mon", "chardev=qmp,mode=control"]
+    for name in ("ctl", "out", "err", "errands"):
         arguments += ["-device", f"virtserialport,chardev={name},name={name}"]
     if job.interactive:
         arguments += ["-device", "virtconsole,chardev=tty,name=tty"]
@@ -146,14 +147,14 @@ def run_job(job: Job, machine: Machine, *, qemu: list[str], kernel: Path, log: P
 
     ``qemu`` is its command line up to and including the accelerator.
     """
-    names = ["console", "monitor", "ctl", "out", "err"] + (["tty"] if job.interactive else [])
+    watched = ["console", "monitor", "ctl", "out", "err"] + (["tty"] if job.interactive else [])
     with scratch("run") as run:
         share = run / "share"
         (share / "out").mkdir(parents=True)
         (share / "job.sh").write_text(_script(job, machine))
         if job.interactive:
             (share / "interactive").touch()
-        pairs = {name: socket.socketpair() for name in names}
+        pairs = {name: socket.socketpair() for name in (*watched, "errands", "qmp")}
         near = {name: pair[0] for name, pair in pairs.items()}
         far = {name: pair[1] for name, pair in pairs.items()}
         # no_timer_check: on a busy host the emulated timer comes too late for the kernel's check of it, which panics
@@ -173,8 +174,13 @@ def run_job(job: Job, machine: Machine, *, qemu: list[str], kernel: Path, log: P
         ]
         console = Console(run / "console.log")  # two guests at once must not write one file
         try:
-            with serving(machine.serves, run), _qemu(command, far) as process:
-                outcome = Watch(process, near, console, slowness=machine.slowness).follow(job.timeout, job.idle)
+            with (
+                Servers(machine.serves, run) as servers,
+                _qemu(command, far) as process,
+                Errands(near["errands"], near["qmp"], servers, run),
+            ):
+                ends = {name: near[name] for name in watched}
+                outcome = Watch(process, ends, console, slowness=machine.slowness).follow(job.timeout, job.idle)
         finally:
             console.close()
             log.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .served import socket_path
+from .served import Served, qemu_device
 
 __all__ = ["DEFAULT", "MACHINES", "Machine"]
 
@@ -38,6 +38,8 @@ DEVICES = """
 -device edu,bus=pb,addr=01.0
 -device pci-testdev,bus=pb,addr=02.0,membar=16M
 """
+# Where a device can be plugged in while the guest runs: see errands.py.
+SPARE_PORT = "-device pcie-root-port,addr=14.0,id=spare,chassis=2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +58,14 @@ class Machine:
     slowness: int = 1
     """Time limits are multiplied by this."""
     memory: str = MEMORY
-    serves: tuple[str, ...] = ()
+    serves: tuple[Served, ...] = ()
     """Devices that vfiopy serves on the host (``vfiopy serve``) and QEMU has as hardware, from slot 0x10 on."""
 
     def arguments(self, run: Path) -> list[str]:
         """QEMU arguments for board, memory, IOMMU and devices; disk images are made in ``run``."""
         arguments = f"{self.board} -smp 2,sockets=2 {self.memory} {self.iommu} {self.devices}".split()
-        for number, name in enumerate(self.serves):
-            where = {"path": str(socket_path(run, name)), "type": "unix"}
-            device = {"driver": "vfio-user-pci", "addr": f"{0x10 + number:x}.0", "socket": where}
+        for number, served in enumerate(self.serves):
+            device = qemu_device(run, served.name, addr=f"{0x10 + number:x}.0")
             arguments += ["-device", json.dumps(device)]
         for disk in DISKS:
             image = run / f"{disk}.img"
@@ -97,7 +98,8 @@ _ALL = [
         iommu=INTEL,
         cmdline=f"intel_iommu=on,sm_on iommu.strict=1 {HUGEPAGES}",
         memory=SHARED_MEMORY,
-        serves=("edu",),
+        devices=DEVICES + SPARE_PORT,
+        serves=(Served("edu"),),
     ),
     Machine(
         "compat",

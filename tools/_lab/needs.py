@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
-__all__ = ["KERNEL", "missing"]
+__all__ = ["GUEST", "KERNEL", "missing"]
 
 # What building a kernel needs: the program, file (/...) or header (<...>), and the package that brings it.
 KERNEL = {
@@ -22,12 +23,21 @@ KERNEL = {
     "<openssl/ssl.h>": "libssl-dev",
 }
 
+# What the guest's tests run: it has the host's programs.
+GUEST = {
+    "sfdisk": "fdisk",
+    "mkfs.ext4": "e2fsprogs",
+    "lspci": "pciutils",
+}
+# Debian's users have no sbin in their PATH.
+_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+
 
 def _there(thing: str) -> bool:
     if thing.startswith("/"):
         return Path(thing).exists()
     if not thing.startswith("<"):
-        return shutil.which(thing) is not None
+        return shutil.which(thing, path=_PATH) is not None
     folders = [Path("/usr/include"), Path("/usr/local/include"), *Path("/usr/include").glob("*-linux-gnu")]
     return any((folder / thing.strip("<>")).exists() for folder in folders)
 

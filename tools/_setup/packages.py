@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tools._lab.needs import KERNEL
+from tools._lab.needs import GUEST, KERNEL
 from tools._lab.needs import missing as missing_packages
 
 from .report import SetupError, run, say
 
-__all__ = ["BUILD", "CROSS", "KERNEL", "NATIVE", "ensure_packages"]
+__all__ = ["BUILD", "CROSS", "GUEST", "KERNEL", "NATIVE", "ensure_packages"]
 
 # For each purpose: the program, file or header that must be there, and the Debian package that brings it.
 BUILD = {"cc": "gcc", "<stdlib.h>": "libc6-dev"}

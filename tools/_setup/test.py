@@ -18,7 +18,7 @@ from tools._lab.process import signals_unwind
 from .beside import Beside
 from .environment import PYTHON, ensure_build, ensure_environment
 from .free_threaded import VARIABLE, ensure_free_threaded, find_free_threaded
-from .packages import BUILD, CROSS, KERNEL, NATIVE, ensure_packages
+from .packages import BUILD, CROSS, GUEST, KERNEL, NATIVE, ensure_packages
 from .report import TREE, SetupError, say, step
 from .results import Results
 
@@ -224,6 +224,8 @@ def _prepare(parts: Sequence[str], run: Run) -> None:
     needs = [BUILD]
     if "native" in parts:
         needs += [NATIVE, CROSS]
+    if "guest" in parts:
+        needs.append(GUEST)
     lab = bool({"uapi", "guest"} & set(parts))
     if lab and (run.nightly or cached_kernel("lab") is None):
         needs.append(KERNEL)
