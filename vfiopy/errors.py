@@ -43,6 +43,8 @@ __all__ = [
     "PermissionDeniedError",
     "PinnedError",
     "ProtocolError",
+    "RegisterMapError",
+    "RegisterNameError",
     "RevokedError",
     "StateError",
     "UnmappingError",
@@ -217,6 +219,16 @@ class AccessError(VfioError, ValueError):
 
 class AddressRangeError(AccessError, IndexError):
     """An offset outside of the region, or an index outside of a table."""
+
+
+class RegisterNameError(VfioError, LookupError):
+    """A register, field or capability that the map or the device does not have."""
+
+    default_errno = _errno.ENOENT
+
+
+class RegisterMapError(VfioError, ValueError):
+    """A register map that cannot be read, or says what no register can be."""
 
 
 # --- DMA ---------------------------------------------------------------------------------------------------------

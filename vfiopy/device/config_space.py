@@ -24,10 +24,15 @@ class ConfigSpace:
     backend virtualises some registers (VFIO: BARs, MSI, parts of the command register).
 
     Threads: single reads and writes may come from any thread; read-modify-write is the caller's to serialise.
+
+    Attributes:
+        name: for messages.
+        size: bytes: 256, or 4096 on PCI Express.
     """
 
     def __init__(self, io: DeviceIo) -> None:
         self._io = io
+        self.name = f"{io.name} configuration space"
         info = io.region_info(RegionIndex.CONFIG)
         if not info.size:
             raise NotSupportedError("the device has no configuration space", object=io.name)
@@ -47,7 +52,7 @@ class ConfigSpace:
         if offset < 0 or size < 1 or offset + size > self.size:
             raise AddressRangeError(
                 f"{size} bytes at offset {offset:#x} are not inside its {self.size:#x} bytes",
-                object=f"{self._io.name} configuration space",
+                object=self.name,
                 hint="extended capabilities exist on PCI Express functions only" if self.size <= 256 else "",
             )
 
@@ -57,7 +62,7 @@ class ConfigSpace:
         except OverflowError:
             raise AccessError(
                 f"value {value} does not fit into {8 * width} unsigned bits",
-                object=f"{self._io.name} configuration space",
+                object=self.name,
                 hint="mask it to the width of the register; negative numbers have no width of their own",
             ) from None
         self.write(offset, data)
