@@ -250,6 +250,7 @@ class RemoteMemory:
 
 
 Memory: TypeAlias = HostMemory | FileMemory | DeviceWindow | RemoteMemory
+"""What can be mapped."""
 
 
 class KernelTarget(NamedTuple):

@@ -16,6 +16,7 @@ from tools._lab.machines import DEFAULT, MACHINES, Machine
 from tools._lab.process import signals_unwind
 
 from .beside import Beside
+from .docs import build_command
 from .environment import PYTHON, ensure_build, ensure_environment
 from .free_threaded import VARIABLE, ensure_free_threaded, find_free_threaded
 from .packages import BUILD, CROSS, GUEST, KERNEL, NATIVE, ensure_packages
@@ -24,10 +25,10 @@ from .results import Results
 
 __all__ = ["main"]
 
-PARTS = ("lint", "native", "unit", "free-threaded", "uapi", "guest")
+PARTS = ("lint", "docs", "native", "unit", "free-threaded", "uapi", "guest")
 RESULTS = TREE / "build" / "results"
 LAB = TREE / "tools" / "lab"
-TOOLS = ("-p", "tools._bench", "-p", "tools._lab", "-p", "tools._setup", "-p", "tools._uapi")
+TOOLS = ("-p", "tools._bench", "-p", "tools._docs", "-p", "tools._lab", "-p", "tools._setup", "-p", "tools._uapi")
 PURE_C = ("iova", "region")
 SLOW_TEST_SECONDS = 900
 NIGHTLY_SECONDS = 7200
@@ -39,6 +40,7 @@ FUZZ_SECONDS_NIGHTLY = 900
 EPILOG = """
 parts, in this order (default: all of them):
   lint     ruff, and mypy in strict mode
+  docs     docs/ as a site, without a warning
   native   C tests, with sanitizers, and cross-compiled for arm64 under qemu-user; a short fuzz run
   unit     tests/unit: no privileges, no hardware
   free-threaded
@@ -119,6 +121,10 @@ class Run:
         self._check("ruff", PYTHON, "-m", "ruff", "check", "--no-cache", ".")
         self._check("mypy vfiopy", PYTHON, "-m", "mypy")
         self._check("mypy tools", PYTHON, "-m", "mypy", *TOOLS)
+
+    def docs(self) -> None:
+        """The site."""
+        self._check("docs site", *build_command())
 
     def native(self) -> None:
         """C tests as the Makefile of native/tests has them."""

@@ -14,7 +14,8 @@ from vfiopy.errors import NotSupportedError, StateError, VfioTimeoutError
 __all__ = ["BUFFER_SIZE", "EduDriver"]
 
 VENDOR, DEVICE = 0x1234, 0x11E8
-BUFFER_SIZE: Final = 4096  # bytes of the device's own memory
+BUFFER_SIZE: Final = 4096
+"""Bytes of the device's own memory."""
 
 _ID, _LIVENESS, _FACTORIAL, _STATUS = 0x00, 0x04, 0x08, 0x20
 _IRQ_STATUS, _IRQ_RAISE, _IRQ_ACKNOWLEDGE = 0x24, 0x60, 0x64

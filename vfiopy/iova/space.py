@@ -80,7 +80,7 @@ class IovaSpace(_native.IovaSpace):
                 a device may still write it (see :func:`leaked_memory`).
 
         Returns:
-            What was left by force: one entry for each owner of pins in each mapping. Empty without ``force``.
+            One entry for each owner of pins in each mapping that was left by force; empty without ``force``.
 
         Raises:
             PinnedError: owners of pins did not let go, and it was not to be forced. Nothing is unmapped.
