@@ -77,6 +77,7 @@ def serve(
     backend: str | None = None,
     limits: Limits | None = None,
     users: Collection[int] | None = None,
+    guarded: bool = False,
 ) -> Server:
     """Offer a device on a vfio-user socket: QEMU, vfiopy or another client uses it as hardware.
 
@@ -89,6 +90,7 @@ def serve(
         backend: as for :func:`open`.
         limits: what clients may do: see :class:`vfiopy.vfio_user.Limits`.
         users: ids of users whose processes may connect; None for all who can open the socket, which has mode 0600.
+        guarded: have a small process hang up when this one is killed; QEMU 11.1 may abort without it.
 
     Raises:
         BusyError: somebody serves there already, or uses the device.
@@ -98,7 +100,7 @@ def serve(
 
     io, mapper = _connect(target, backend, (), None, False, None)
     try:
-        return vfio_user.Server(io, mapper, path, limits=limits or vfio_user.Limits(), users=users)
+        return vfio_user.Server(io, mapper, path, limits=limits or vfio_user.Limits(), users=users, guarded=guarded)
     except BaseException:
         io.close()
         mapper.close()

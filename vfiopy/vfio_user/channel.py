@@ -19,6 +19,7 @@ from typing import Final
 
 from vfiopy.errors import DeviceGoneError, ProtocolError
 from vfiopy.vfio_user import wire
+from vfiopy.vfio_user.hangup import hang_up
 
 __all__ = ["Channel", "Message", "close_fds"]
 
@@ -279,7 +280,7 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket and every fd that nobody took. Idempotent."""
-        self._socket.close()
+        hang_up(self._socket)
         close_fds(self._fds)
         with self._sending:
             while self._queue:

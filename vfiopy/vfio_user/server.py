@@ -19,6 +19,7 @@ from vfiopy.backend import DeviceIo, Mapper
 from vfiopy.errors import BusyError, StateError, VfioError, VfiopyError
 from vfiopy.lives import Resource
 from vfiopy.vfio_user.client_space import ClientSpace
+from vfiopy.vfio_user.hangup import Guard
 from vfiopy.vfio_user.listening import Listener, peer_user
 from vfiopy.vfio_user.served import ServedDevice
 from vfiopy.vfio_user.session import Limits, Session
@@ -46,6 +47,7 @@ class Server(Resource):
         path: of the socket to listen on; None where :meth:`attach` is to be used.
         limits: what clients may do.
         users: ids of the users whose processes may connect; None for all who can open the socket.
+        guarded: have a process of its own hang up when this one is killed: see :class:`~vfiopy.vfio_user.hangup.Guard`.
     """
 
     _rank = -30
@@ -58,6 +60,7 @@ class Server(Resource):
         *,
         limits: Limits = Limits(),  # noqa: B008  frozen
         users: Collection[int] | None = None,
+        guarded: bool = False,
     ) -> None:
         super().__init__(f"server of {io.name}" + (f" at {os.fspath(path)}" if path is not None else ""))
         self._open = False
@@ -66,6 +69,7 @@ class Server(Resource):
         self._limits = limits
         self._users = users
         self._listener: Listener | None = None
+        self._guard: Guard | None = None
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
         self._on_close: Callable[[], object] | None = None
@@ -81,6 +85,8 @@ class Server(Resource):
         self._epoll.register(self._bell, select.EPOLLIN)
         self._open = True
         try:
+            if guarded:
+                self._guard = Guard()
             if self.path is not None:
                 self._listener = Listener(self.path)
                 self._epoll.register(self._listener.socket.fileno(), select.EPOLLIN)
@@ -128,6 +134,8 @@ class Server(Resource):
             self.check_open()
             if self._session is not None:
                 raise BusyError("it has a client", object=self._label, hint="one client at a time")
+            if self._guard is not None:
+                self._guard.hold(sock)
             self._session = Session(
                 sock, self._device, self._space, self._label, limits=self._limits, wake=self._ring
             )
@@ -248,6 +256,8 @@ class Server(Resource):
                 session.close(reason)
             finally:
                 self._session = None
+                if self._guard is not None:
+                    self._guard.drop()
 
     def disconnect(self) -> None:
         """Let the client go, if there is one; the next may come."""
@@ -260,6 +270,8 @@ class Server(Resource):
             self._end_session("the server ends")
             if self._listener is not None:
                 self._listener.close()
+            if self._guard is not None:
+                self._guard.close()
             self.io.close()
             self._space.close()
         self._ring()
