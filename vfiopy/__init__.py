@@ -41,7 +41,7 @@ from vfiopy.errors import (
 )
 from vfiopy.mmio import Region
 from vfiopy.opening import open, serve  # noqa: A004  vfiopy.open is what users expect to call
-from vfiopy.pci import Binding, Function, PciAddress, bind, find, function, grant, restore
+from vfiopy.pci import Binding, Function, PciAddress, bind, find, function, grant, restore, unbind
 
 __version__ = "0.1.0"
 
@@ -108,4 +108,5 @@ __all__ = [
     "open",
     "restore",
     "serve",
+    "unbind",
 ]

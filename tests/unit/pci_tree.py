@@ -34,7 +34,8 @@ class FakeKernel(System):
 
     @classmethod
     def make(cls, root: Path, **more: object) -> FakeKernel:
-        kernel = cls(sys=root / "sys", proc=root / "proc", dev=root / "dev", share=(root / "share",), **more)
+        roots = {name: root / name for name in ("sys", "proc", "dev", "etc")}
+        kernel = cls(**roots, share=(root / "share",), **more)
         for folder in (
             kernel.pci_devices,
             kernel.pci / "drivers",

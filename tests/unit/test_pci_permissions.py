@@ -16,7 +16,8 @@ EDU = "0000:00:06.0"
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> FakeKernel:
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    monkeypatch.setenv("VFIOPY_STATE_DIR", str(tmp_path / "state"))
     fake = FakeKernel.make(tmp_path)
     fake.add_driver("vfio-pci")
     fake.add(EDU, group=6, driver="vfio-pci")
@@ -106,6 +107,15 @@ def test_udev_rule() -> None:
     assert "chgrp vfio $$n; chmod 0660 $$n" in node
     assert shared == 'SUBSYSTEM=="misc", KERNEL=="iommu", GROUP="vfio", MODE="0660"'
     assert 'MODE="0600"' in udev_rule("00:05.0", "vfio", mode=0o600)
+    owner = udev_rule("00:05.0", user="alice").splitlines()
+    assert owner[1].endswith('OWNER="alice", MODE="0600"')
+    assert "chown alice $$n; chmod 0600 $$n" in owner[2]
+    assert owner[3].endswith('MODE="0666"')
+    assert "chown alice:vfio $$n" in udev_rule("00:05.0", "vfio", user="alice")
+    with pytest.raises(ValueError, match="a user or a group"):
+        udev_rule("00:05.0")
+    with pytest.raises(ValueError, match="not the name of a user"):
+        udev_rule("00:05.0", user="$(reboot)")
     for wrong in ("", 'a"b', "a b", "$(reboot)", "a'b"):
         with pytest.raises(ValueError, match="not the name of a group"):
             udev_rule("00:05.0", wrong)

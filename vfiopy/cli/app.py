@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 
 from vfiopy import __version__
-from vfiopy.cli.bind import run_bind
+from vfiopy.cli.bind import run_bind, run_restore, run_unbind
 from vfiopy.cli.doctor import run_doctor
 from vfiopy.cli.info import run_info
 from vfiopy.cli.list import run_list
 from vfiopy.cli.new_device import run_new_device
-from vfiopy.cli.restore import run_restore
 from vfiopy.cli.selftest import run_selftest
 from vfiopy.cli.serve import run_serve
 
@@ -45,6 +44,7 @@ app.command("list")(run_list)
 app.command("info")(run_info)
 app.command("doctor")(run_doctor)
 app.command("bind")(run_bind)
+app.command("unbind")(run_unbind)
 app.command("restore")(run_restore)
 app.command("selftest")(run_selftest)
 app.command("serve")(run_serve)

@@ -1,26 +1,175 @@
-"""``vfiopy bind``."""
+"""``vfiopy bind``, ``vfiopy unbind`` and ``vfiopy restore``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import grp
+import pwd
+from typing import Annotated, Any
 
 import typer
 
-import vfiopy
-from vfiopy.cli.common import refusals_told
+from vfiopy import pci
+from vfiopy.cli.common import print_json, refusals_told, system_of
+from vfiopy.pci import Function, PciAddress, System
 
-__all__ = ["run_bind"]
+__all__ = ["run_bind", "run_restore", "run_unbind"]
+
+_Addresses = Annotated[list[str], typer.Argument(help="PCI addresses, such as 0000:00:05.0.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def run_bind(
-    address: Annotated[str, typer.Argument(help="PCI address, such as 0000:00:05.0.")],
+    context: typer.Context,
+    addresses: _Addresses,
     driver: Annotated[str, typer.Option(help="Driver to bind to.")] = "vfio-pci",
     group: Annotated[bool, typer.Option("--group", help="The whole IOMMU group, without its bridges.")] = False,
+    user: Annotated[str | None, typer.Option("--user", help="Who may open it from now on.")] = None,
+    group_name: Annotated[str | None, typer.Option("--group-name", help="The group that may open it.")] = None,
+    persist: Annotated[bool, typer.Option("--persist", help="At each boot too, until 'unbind --persist'.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even if the running system uses the device.")] = False,
+    as_json: _Json = False,
 ) -> None:
-    """Hand a device to vfio-pci until 'vfiopy restore' or the next boot. Remembers what was before."""
-    with refusals_told():
-        binding = vfiopy.bind(address, driver, whole_group=group, force=force)
+    """Hand devices to vfio-pci until 'vfiopy unbind', 'vfiopy restore' or the next boot.
+
+    Remembers what was before. Refuses what the running system uses.
+    """
+    system = system_of(context)
+    _check_names(user, group_name)
+    with refusals_told(), pci.bind(addresses, driver, whole_group=group, force=force, system=system) as binding:
+        report = [_entry(one, binding.previous_driver(one)) for one in binding.functions]
+        if user is not None or group_name is not None:
+            for one, entry in zip(binding.functions, report, strict=True):
+                entry["granted"] = [str(node) for node in pci.grant(one, user, group_name, system=system)]
+        if persist:
+            _persist(binding.functions, report, driver, user, group_name, system)
         binding.keep()
-    for function in binding.functions:
-        typer.echo(f"{function.address}: {function.driver}")
+    if as_json:
+        print_json({"format": 1, "functions": report})
+        return
+    who = " and ".join(filter(None, (user, group_name and f"the group {group_name}")))
+    for entry in report:
+        typer.echo(_line(entry))
+        if entry["granted"]:
+            typer.echo(f"  for {who}: {', '.join(entry['granted'])}")
+        if entry["persisted"]:
+            typer.echo(f"  at each boot: {', '.join(entry['persisted'])}")
+    if who:
+        typer.echo("memory for DMA counts as locked: 'ulimit -l' of who uses it has to allow that")
+
+
+def run_unbind(
+    context: typer.Context,
+    addresses: _Addresses,
+    group: Annotated[bool, typer.Option("--group", help="All of the IOMMU group that VFIO holds.")] = False,
+    persist: Annotated[bool, typer.Option("--persist", help="Remove what binds it at each boot, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it has virtual functions; they go.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Take devices off VFIO: back to what they were, or to the driver that the kernel chooses."""
+    system = system_of(context)
+    with refusals_told():
+        wanted = [pci.function(address, system=system) for address in addresses]
+        named = dict.fromkeys(wanted)
+        if group:
+            named = dict.fromkeys(other for one in wanted for other in one.group_members())
+        was = {one: one.driver for one in named}
+        removed = [str(path) for one in named for path in pci.forget(one.address, system=system)] if persist else []
+        done = (
+            []
+            if persist and removed and not any(one.is_vfio for one in wanted)
+            else pci.unbind(wanted, whole_group=group, force=force, system=system)
+        )
+        left = [path for one in done for path in _kept(one, system)]
+    report = [_entry(one, was.get(one)) for one in done]
+    if as_json:
+        print_json({"format": 1, "functions": report, "removed": removed, "left": left})
+        return
+    for entry in report:
+        typer.echo(_line(entry))
+    _say_removed(removed)
+    for path in left:
+        typer.echo(f"comes back at the next boot: {path}; 'vfiopy unbind --persist' removes it if it is vfiopy's")
+
+
+def run_restore(
+    context: typer.Context,
+    address: Annotated[str | None, typer.Argument(help="PCI address; left out: everything vfiopy bound.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Undo what vfiopy did: drivers, overrides, virtual functions, owners of nodes, bindings for each boot."""
+    system = system_of(context)
+    with refusals_told():
+        removed = [str(path) for path in pci.forget(address, system=system)]
+        done = [Function(one, system) for one in pci.restore(address, system=system)]
+    if as_json:
+        print_json({"format": 1, "functions": [_entry(one, None) for one in done], "removed": removed})
+        return
+    for one in done:
+        typer.echo(f"{one}: {one.driver or 'no driver'}")
+    _say_removed(removed)
+
+
+def _check_names(user: str | None, group_name: str | None) -> None:
+    # Before anything is changed.
+    try:
+        if user is not None:
+            pwd.getpwnam(user)
+    except KeyError:
+        raise typer.BadParameter(f"there is no user {user!r}", param_hint="--user") from None
+    try:
+        if group_name is not None:
+            grp.getgrnam(group_name)
+    except KeyError:
+        raise typer.BadParameter(f"there is no group {group_name!r}", param_hint="--group-name") from None
+
+
+def _persist(
+    functions: tuple[Function, ...],
+    report: list[dict[str, Any]],
+    driver: str,
+    user: str | None,
+    group_name: str | None,
+    system: System,
+) -> None:
+    """For each function or for none; bind's own undoing does not know of these files."""
+    fresh = []
+    try:
+        for one, entry in zip(functions, report, strict=True):
+            if not pci.persisted(one.address, system=system):
+                fresh.append(one)
+            files = pci.persist(one.address, driver, user=user, group=group_name, system=system)
+            entry["persisted"] = [str(file) for file in files]
+    except BaseException:
+        for one in fresh:
+            pci.forget(one.address, system=system)
+        raise
+
+
+def _entry(function: Function, was: str | None) -> dict[str, Any]:
+    group, cdev = function.group_node, function.cdev_node
+    return {
+        "address": str(function),
+        "driver": function.driver,
+        "was": was,
+        "iommu_group": function.iommu_group,
+        "group_node": None if group is None else str(group),
+        "cdev_node": None if cdev is None else str(cdev),
+        "granted": [],
+        "persisted": [],
+    }
+
+
+def _line(entry: dict[str, Any]) -> str:
+    was = entry["was"] or "no driver"
+    before = "" if entry["was"] == entry["driver"] else f" (was {was})"
+    nodes = [node for node in (entry["group_node"], entry["cdev_node"]) if node]
+    return ": ".join([entry["address"], ", ".join([f"{entry['driver'] or 'no driver'}{before}", *nodes])])
+
+
+def _kept(function: Function, system: System) -> list[str]:
+    return [str(one.path) for one in pci.persisted(PciAddress.parse(str(function)), system=system)]
+
+
+def _say_removed(paths: list[str]) -> None:
+    for path in paths:
+        typer.echo(f"removed: {path}")

@@ -6,7 +6,9 @@ from vfiopy.pci.discovery import find, function
 from vfiopy.pci.events import Event, Monitor, monitor
 from vfiopy.pci.function import Function, Resource, is_vfio_driver
 from vfiopy.pci.permissions import MemlockLimit, grant, memlock_limit, udev_rule
+from vfiopy.pci.persistence import Persisted, forget, persist, persisted
 from vfiopy.pci.system import System
+from vfiopy.pci.unbinding import unbind
 from vfiopy.pci.usage import uses
 
 __all__ = [
@@ -16,16 +18,21 @@ __all__ = [
     "MemlockLimit",
     "Monitor",
     "PciAddress",
+    "Persisted",
     "Resource",
     "System",
     "bind",
     "find",
+    "forget",
     "function",
     "grant",
     "is_vfio_driver",
     "memlock_limit",
     "monitor",
+    "persist",
+    "persisted",
     "restore",
     "udev_rule",
+    "unbind",
     "uses",
 ]

@@ -19,6 +19,7 @@ from vfiopy.errors import (
 from vfiopy.pci.address import PciAddress
 from vfiopy.pci.discovery import function as find_function
 from vfiopy.pci.function import Function, is_vfio_driver
+from vfiopy.pci.permissions import take_back
 from vfiopy.pci.rebind import settle, wait_for_node
 from vfiopy.pci.records import Record, Records, State
 from vfiopy.pci.system import System
@@ -68,6 +69,8 @@ class Binding:
                 if record is not None and function.exists:
                     settle(function, before)
                 if own:
+                    if record is not None:
+                        take_back(record, self._records)
                     self._records.remove(function.address)
                 self._before.pop()
 
@@ -89,7 +92,8 @@ class Binding:
         before = old.before if old is not None and adopt else now
         self._before.append((function, before, own))
         if own:
-            self._records.write(Record(function.address, before, self.driver, os.getpid()))
+            nodes = () if old is None else old.nodes
+            self._records.write(Record(function.address, before, self.driver, os.getpid(), nodes))
         settle(function, State(self.driver, self.driver, numvfs=0 if now.numvfs else None))
 
     def _roll_back(self, error: BaseException) -> NoReturn:
@@ -117,6 +121,10 @@ class Binding:
             call=error.call,
             hint=error.hint,
         ) from error
+
+    def previous_driver(self, function: Function) -> str | None:
+        """The driver that a function had before; its present one where it was left alone, or after ``keep()``."""
+        return next((before.driver for one, before, _ in self._before if one == function), function.driver)
 
     def keep(self) -> None:
         """Leave the functions bound when the ``with`` block ends; :func:`restore` can still undo it."""
@@ -238,6 +246,7 @@ def restore(
                 if function.exists:
                     settle(function, record.before)
                     done.append(one)
+                take_back(record, records)
                 records.remove(one)
             except VfioError as error:
                 first_error = first_error or error

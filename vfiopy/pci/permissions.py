@@ -7,16 +7,18 @@ import os
 import pwd
 import resource
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vfiopy.errors import NotBoundError, PermissionDeniedError
+from vfiopy.errors import BindingError, NotBoundError, PermissionDeniedError
 from vfiopy.pci.address import PciAddress
 from vfiopy.pci.discovery import function as find_function
 from vfiopy.pci.function import Function
+from vfiopy.pci.records import NodeState, Record, Records, State
 from vfiopy.pci.system import System
 
-__all__ = ["MemlockLimit", "grant", "memlock_limit", "udev_rule"]
+__all__ = ["MemlockLimit", "grant", "memlock_limit", "take_back", "udev_rule"]
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
 
@@ -26,9 +28,12 @@ def grant(
     user: str | int | None = None,
     group: str | int | None = None,
     *,
+    state_dir: Path | str | None = None,
     system: System | None = None,
 ) -> tuple[Path, ...]:
     """Let a user or group open a function that is bound to VFIO, until it is unbound or the machine restarts.
+
+    Whose the nodes were is written down first; undoing the binding, or :func:`vfiopy.restore`, gives them back.
 
     Its own nodes (``/dev/vfio/N`` and ``/dev/vfio/devices/vfioX``) get the owner or group and mode 0600 or
     0660. ``/dev/iommu``, which all devices share, keeps its owner: the group gets it if it is still root's,
@@ -38,6 +43,7 @@ def grant(
         target: the function.
         user: name or uid that the nodes are to belong to; None keeps the owner.
         group: name or gid that the nodes are to belong to; None keeps it.
+        state_dir: folder of records, as for :func:`vfiopy.bind`.
         system: other roots than /sys, /proc and /dev.
 
     Returns:
@@ -61,15 +67,18 @@ def grant(
             object=str(function),
             hint=f"bind it first: vfiopy bind {function}",
         )
+    shared = function.system.dev / "iommu"
+    also = [shared] if function.cdev_node in nodes and shared.exists() else []
+    records = Records(None if state_dir is None else Path(state_dir), function.system)
     changed = []
     try:
-        for node in nodes:
-            os.chown(node, uid, gid)
-            node.chmod(0o600 if gid < 0 else 0o660)
-            changed.append(node)
-        shared = function.system.dev / "iommu"
-        if function.cdev_node in nodes and shared.exists() and _open_up(shared, uid, gid):
-            changed.append(shared)
+        with records.lock():
+            _write_down(function, [*nodes, *also], records)
+            for node in nodes:
+                os.chown(node, uid, gid)
+                node.chmod(0o600 if gid < 0 else 0o660)
+                changed.append(node)
+            changed += [node for node in also if _open_up(node, uid, gid)]
     except PermissionError as error:
         raise PermissionDeniedError(
             f"{error.filename} cannot be given away: {error.strerror}",
@@ -79,6 +88,61 @@ def grant(
             hint="run as root, or let udev do it: udev_rule() writes the rule",
         ) from error
     return tuple(changed)
+
+
+def _write_down(function: Function, nodes: list[Path], records: Records) -> None:
+    """Whose the nodes are, into the function's record; grant() holds the lock."""
+    record = records.read(function.address)
+    if record is None:
+        record = Record(function.address, State.of(function), function.driver or "", os.getpid())
+    # A node that several functions share was written down by the first that was granted; that is what it was.
+    known = {node.path: node for other in _all(records) for node in other.nodes}
+    known |= {node.path: node for node in record.nodes}
+    states = []
+    for path in nodes:
+        now = path.stat()
+        old = known.get(str(path))
+        if old is None or old.number != now.st_rdev:
+            old = NodeState(str(path), now.st_rdev, now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode))
+        states.append(old)
+    records.write(replace(record, nodes=tuple(states)))
+
+
+def _all(records: Records) -> Iterator[Record]:
+    for address in records.addresses():
+        try:
+            record = records.read(address)
+        except BindingError:  # another function's record that nobody can read
+            continue
+        if record is not None:
+            yield record
+
+
+def take_back(record: Record, records: Records) -> None:
+    """Give the nodes of a record back to whom they belonged, unless another record needs them given away.
+
+    Raises:
+        PermissionDeniedError: not the owner of the nodes.
+    """
+    others = {node.path for other in _all(records) if other.address != record.address for node in other.nodes}
+    for node in record.nodes:
+        if node.path in others:
+            continue
+        try:
+            # The kernel removes a node with its device; a new one of the same name was never given away.
+            if os.stat(node.path).st_rdev == node.number:  # noqa: PTH116
+                os.chown(node.path, node.uid, node.gid)
+                os.chmod(node.path, node.mode)  # noqa: PTH101
+        except FileNotFoundError:
+            continue
+        except PermissionError as error:
+            raise PermissionDeniedError(
+                f"{node.path} cannot be taken back: {error.strerror}",
+                errno=error.errno,
+                object=str(record.address),
+                call="chown",
+                hint="run as root",
+            ) from error
 
 
 def _open_up(node: Path, uid: int, gid: int) -> bool:
@@ -95,31 +159,44 @@ def _open_up(node: Path, uid: int, gid: int) -> bool:
     return True
 
 
-def udev_rule(address: PciAddress | str, group: str, *, mode: int = 0o660) -> str:
-    """Text of udev rules that give a function's nodes to a group each time it is bound to VFIO.
+def udev_rule(
+    address: PciAddress | str, group: str | None = None, *, user: str | None = None, mode: int | None = None
+) -> str:
+    """Text of udev rules that give a function's nodes to a user or group each time it is bound to VFIO.
 
     Put it into a file such as ``/etc/udev/rules.d/70-vfiopy.rules``, then ``udevadm control --reload``.
 
     Args:
         address: the function.
-        group: name of the group.
-        mode: permissions of the nodes.
+        group: name of the group; None keeps root's.
+        user: name of the owner; None keeps root. ``/dev/iommu`` is everybody's then, as ``/dev/vfio/vfio`` is,
+            unless a group is given too.
+        mode: permissions of the nodes; None: 0660 with a group, else 0600.
     """
     where = PciAddress.parse(address)
-    if not group or not all(character.isalnum() or character in "_-." for character in group):
-        raise ValueError(f"{group!r} is not the name of a group")
-    rights = f'GROUP="{group}", MODE="{mode:04o}"'
+    if user is None and group is None:
+        raise ValueError("a rule gives the nodes to a user or a group")
+    for name, what in ((user, "user"), (group, "group")):
+        if name is not None and not (name and all(each.isalnum() or each in "_-." for each in name)):
+            raise ValueError(f"{name!r} is not the name of a {what}")
+    mode = (0o600 if group is None else 0o660) if mode is None else mode
+    whom = " and ".join([*([user] if user else []), *([f"the group {group}"] if group else [])])
+    owners = [f'OWNER="{user}"'] if user is not None else []
+    owners += [f'GROUP="{group}"'] if group is not None else []
+    rights = ", ".join([*owners, f'MODE="{mode:04o}"'])
+    shared = 'MODE="0666"' if group is None else f'GROUP="{group}", MODE="{mode:04o}"'
+    change = f"chown {user or ''}{f':{group}' if group else ''} $$n" if user else f"chgrp {group} $$n"
     # The group node has no parent device, so it is found from the function's "bind" event: its number may
     # change from boot to boot, the function's address does not.
     command = (
         f"RUN+=\"/bin/sh -c 'n=/dev/vfio/$$(basename $$(readlink /sys%p/iommu_group)); "
-        f"chgrp {group} $$n; chmod {mode:04o} $$n'\""
+        f"{change}; chmod {mode:04o} $$n'\""
     )
     return (
-        f"# {where} for the group {group}: its character device, its group's node, what all devices share\n"
+        f"# {where} for {whom}: its character device, its group's node, what all devices share\n"
         f'SUBSYSTEM=="vfio-dev", KERNELS=="{where}", {rights}\n'
         f'ACTION=="bind", SUBSYSTEM=="pci", KERNEL=="{where}", DRIVER=="*vfio?pci", {command}\n'
-        f'SUBSYSTEM=="misc", KERNEL=="iommu", {rights}\n'
+        f'SUBSYSTEM=="misc", KERNEL=="iommu", {shared}\n'
     )
 
 

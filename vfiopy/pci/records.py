@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vfiopy.pci.address import PciAddress
 from vfiopy.pci.function import Function
 from vfiopy.pci.system import System
 
-__all__ = ["Record", "Records", "State", "state_folder"]
+__all__ = ["NodeState", "Record", "Records", "State", "state_folder"]
 
 _FORMAT = 1
 _no_flock = threading.Lock()
@@ -74,6 +74,25 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeState:
+    """Whose a device node was before it was given to somebody.
+
+    Attributes:
+        path: the node.
+        number: its device number, so that another node of the same name is not taken for it.
+        uid: owner.
+        gid: group.
+        mode: permissions.
+    """
+
+    path: str
+    number: int
+    uid: int
+    gid: int
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What to go back to.
 
@@ -82,12 +101,14 @@ class Record:
         before: how it was bound.
         wanted: the driver that it was being bound to.
         pid: the process that did it.
+        nodes: nodes that were given to somebody, as they were.
     """
 
     address: PciAddress
     before: State
     wanted: str
     pid: int
+    nodes: tuple[NodeState, ...] = ()
 
 
 def state_folder() -> Path:
@@ -144,7 +165,8 @@ class Records:
             data = json.loads(path.read_bytes())
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']} is not {_FORMAT}")
-            record = Record(address, State.from_json(data["before"]), data["wanted"], data["pid"])
+            nodes = tuple(NodeState(**node) for node in data.get("nodes", ()))
+            record = Record(address, State.from_json(data["before"]), data["wanted"], data["pid"], nodes)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -166,6 +188,7 @@ class Records:
             "pid": record.pid,
             "wanted": record.wanted,
             "before": record.before.to_json(),
+            "nodes": [asdict(node) for node in record.nodes],
         }
         path = self._path(record.address)
         fresh = path.with_suffix(".new")

@@ -29,12 +29,14 @@ class System:
         sys: where sysfs is mounted.
         proc: where procfs is mounted.
         dev: where the device nodes are.
+        etc: where the system's configuration is.
         share: folders that may hold ``pci.ids``.
     """
 
     sys: Path = Path("/sys")
     proc: Path = Path("/proc")
     dev: Path = Path("/dev")
+    etc: Path = Path("/etc")
     share: tuple[Path, ...] = field(
         default=(
             Path("/usr/share/misc"),

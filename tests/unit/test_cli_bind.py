@@ -1,0 +1,331 @@
+"""``vfiopy bind``, ``unbind`` and ``restore``: owners of nodes and files for each boot, and the way back from both."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from json_schema import check_schema
+from pci_tree import FakeKernel
+from typer.testing import CliRunner
+
+from vfiopy import pci
+from vfiopy.cli.app import app
+from vfiopy.errors import BusyError, DeviceInUseError, NotBoundError, PermissionDeniedError
+from vfiopy.pci import Function, forget, persist, persisted, unbind
+from vfiopy.pci.records import Records, State
+
+runner = CliRunner()
+NVME, NIC, SECOND = "0000:00:05.0", "0000:01:00.0", "0000:01:00.1"
+ME = pwd.getpwuid(os.getuid()).pw_name
+MY_GROUP = grp.getgrgid(os.getgid()).gr_name
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    monkeypatch.setenv("VFIOPY_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr("vfiopy.pci.rebind._PAUSE", 0.0)
+    kernel = FakeKernel.make(tmp_path)
+    for name in ("nvme", "igb", "vfio-pci", "pcieport"):
+        kernel.add_driver(name)
+    kernel.add(NVME, ids=(0x1B36, 0x0010), class_code=0x010802, driver="nvme", group=5)
+    kernel.add("0000:00:07.0", class_code=0x060400, driver="pcieport", group=7, header_type=1)
+    kernel.add(NIC, ids=(0x8086, 0x10C9), class_code=0x020000, driver="igb", group=7, totalvfs=7)
+    kernel.add(SECOND, ids=(0x8086, 0x10C9), class_code=0x020000, driver="igb", group=7)
+    (kernel.dev / "iommu").write_text("")
+    (kernel.dev / "iommu").chmod(0o600)
+    return kernel
+
+
+def say(kernel: FakeKernel, *words: str) -> Result:
+    return runner.invoke(app, [*words], obj=kernel)
+
+
+def answer(kernel: FakeKernel, *words: str) -> Any:
+    result = say(kernel, *words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def driver(kernel: FakeKernel, address: str) -> str | None:
+    return Function(address, kernel).driver
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def records(kernel: FakeKernel) -> list[str]:
+    return [str(one) for one in Records(None, kernel).addresses()]
+
+
+# --- there and back ---
+
+
+def test_bind_says_nodes_and_unbind_brings_the_driver_back(kernel: FakeKernel) -> None:
+    (entry,) = answer(kernel, "bind", NVME)["functions"]
+    assert (entry["driver"], entry["was"], entry["iommu_group"]) == ("vfio-pci", "nvme", 5)
+    assert entry["group_node"] == str(kernel.dev / "vfio/5")
+    assert entry["cdev_node"] == str(kernel.dev / "vfio/devices/vfio5")
+    (entry,) = answer(kernel, "unbind", NVME)["functions"]
+    assert (entry["driver"], entry["was"], entry["group_node"]) == ("nvme", "vfio-pci", None)
+    assert records(kernel) == []
+    assert Function(NVME, kernel).driver_override is None
+
+
+def test_for_people(kernel: FakeKernel) -> None:
+    lines = say(kernel, "bind", NVME).stdout.splitlines()
+    nodes = f"{kernel.dev}/vfio/5, {kernel.dev}/vfio/devices/vfio5"
+    assert lines == [f"{NVME}: vfio-pci (was nvme), {nodes}"]
+    assert say(kernel, "bind", NVME).stdout == f"{NVME}: vfio-pci, {nodes}\n"  # it is there already
+    assert say(kernel, "unbind", NVME).stdout == f"{NVME}: nvme (was vfio-pci)\n"
+
+
+def test_a_whole_group_and_several(kernel: FakeKernel) -> None:
+    refused = say(kernel, "bind", NIC)
+    assert refused.exit_code == 1
+    assert f"{SECOND} (igb: Ethernet controller)" in refused.output
+    assert [each["address"] for each in answer(kernel, "bind", "--group", NIC)["functions"]] == [NIC, SECOND]
+    assert driver(kernel, "0000:00:07.0") == "pcieport"
+    assert [each["driver"] for each in answer(kernel, "unbind", "--group", SECOND)["functions"]] == ["igb", "igb"]
+    assert len(answer(kernel, "bind", NIC, SECOND)["functions"]) == 2
+
+
+def test_what_somebody_else_bound_gets_the_driver_that_the_kernel_chooses(kernel: FakeKernel) -> None:
+    kernel.write(kernel.pci_devices / NVME / "driver_override", "vfio-pci")
+    kernel.write(kernel.driver("nvme") / "unbind", NVME)
+    kernel.write(kernel.pci / "drivers_probe", NVME)
+    assert driver(kernel, NVME) == "vfio-pci"
+    assert [str(one) for one in unbind(NVME, system=kernel)] == [NVME]
+    assert (driver(kernel, NVME), Function(NVME, kernel).driver_override) == ("nvme", None)
+
+
+def test_an_override_to_vfio_from_before_does_not_hand_it_back(kernel: FakeKernel) -> None:
+    kernel.write(kernel.pci_devices / NVME / "driver_override", "vfio-pci")  # as a rule for each boot does
+    answer(kernel, "bind", NVME)
+    answer(kernel, "unbind", NVME)
+    assert (driver(kernel, NVME), Function(NVME, kernel).driver_override) == ("nvme", None)
+
+
+def test_unbind_refuses(kernel: FakeKernel) -> None:
+    with pytest.raises(NotBoundError, match="it is bound to nvme"):
+        unbind(NVME, system=kernel)
+    assert "vfiopy bind" in say(kernel, "unbind", NVME).output
+    answer(kernel, "bind", NVME)
+    (kernel.proc / "42/fd").mkdir(parents=True)
+    (kernel.proc / "42/comm").write_text("qemu\n")
+    (kernel.proc / "42/fd/9").symlink_to(kernel.dev / "vfio/5")
+    with pytest.raises(BusyError, match=r"process 42 \(qemu\)"):
+        unbind(NVME, system=kernel)
+    assert driver(kernel, NVME) == "vfio-pci"
+    assert records(kernel) == [NVME]
+
+
+def test_unbind_refuses_a_function_with_virtual_ones(kernel: FakeKernel) -> None:
+    answer(kernel, "bind", "--group", NIC)
+    (kernel.pci_devices / NIC / "sriov_numvfs").write_text("2\n")
+    with pytest.raises(DeviceInUseError, match="virtual functions"):
+        unbind(NIC, system=kernel)
+    assert driver(kernel, NIC) == "vfio-pci"
+    answer(kernel, "unbind", "--force", NIC)
+    assert driver(kernel, NIC) == "igb"
+
+
+def test_one_that_fails_does_not_keep_the_others(kernel: FakeKernel) -> None:
+    answer(kernel, "bind", NIC, SECOND, NVME)
+    (kernel.proc / "42/fd").mkdir(parents=True)
+    (kernel.proc / "42/comm").write_text("qemu\n")
+    (kernel.proc / "42/fd/9").symlink_to(kernel.dev / "vfio/devices/vfio5")
+    with pytest.raises(BusyError) as caught:
+        unbind([NVME, NIC, SECOND], system=kernel)
+    assert caught.value.__notes__ == [f"taken off VFIO: {NIC}, {SECOND}"]
+
+
+# --- owners ---
+
+
+def test_nodes_for_a_user_come_back(kernel: FakeKernel) -> None:
+    shared = kernel.dev / "iommu"
+    (entry,) = answer(kernel, "bind", NVME, "--user", ME)["functions"]
+    assert entry["granted"][:2] == [entry["group_node"], entry["cdev_node"]]
+    answer(kernel, "restore")
+    assert mode(shared) == 0o600
+    assert records(kernel) == []
+
+
+def test_what_two_functions_share_is_given_back_with_the_second(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    shared = kernel.dev / "iommu"
+    pci.bind([NVME, NIC, SECOND], system=kernel).keep()
+    for one in (NVME, NIC):
+        pci.grant(one, 12345, system=kernel)
+    assert mode(shared) == 0o606
+    pci.restore(NVME, system=kernel)
+    assert mode(shared) == 0o606
+    pci.restore(NIC, system=kernel)
+    assert mode(shared) == 0o600
+
+
+def test_nodes_of_a_function_that_was_bound_before_come_back(kernel: FakeKernel) -> None:
+    kernel.write(kernel.driver("nvme") / "unbind", NVME)
+    kernel._attach(NVME, "vfio-pci")
+    node = kernel.dev / "vfio/5"
+    node.chmod(0o640)
+    pci.grant(NVME, group=os.getgid(), system=kernel)
+    assert mode(node) == 0o660
+    assert pci.restore(system=kernel) != []
+    assert (mode(node), driver(kernel, NVME)) == (0o640, "vfio-pci")
+
+
+def test_leaving_the_with_block_takes_nodes_back_too(kernel: FakeKernel) -> None:
+    with pci.bind(NVME, system=kernel):
+        pci.grant(NVME, ME, system=kernel)
+        assert records(kernel) == [NVME]
+    assert mode(kernel.dev / "iommu") == 0o600
+    assert records(kernel) == []
+
+
+def test_a_new_node_of_the_same_name_is_left_alone(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(kernel, "bind", NVME, "--user", ME)
+    shared = kernel.dev / "iommu"
+    shared.unlink()
+    shared.symlink_to("/dev/null")
+    changed: list[object] = []
+    monkeypatch.setattr(os, "chmod", lambda path, mode: changed.append(path))
+    answer(kernel, "restore")
+    assert changed == []
+
+
+def test_refused_while_taking_back(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(kernel, "bind", NVME, "--user", ME)
+
+    def refuse(path: str, *_: int) -> None:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chown", refuse)
+        with pytest.raises(PermissionDeniedError, match="cannot be taken back"):
+            pci.restore(system=kernel)
+    assert records(kernel) == [NVME]  # and restore() can be called again
+    pci.restore(system=kernel)
+
+
+def test_names_are_looked_at_before_anything_is_changed(kernel: FakeKernel) -> None:
+    for option in ("--user", "--group-name"):
+        result = say(kernel, "bind", NVME, option, "nobody-has-this-name")
+        assert result.exit_code == 2
+        assert "there is no" in result.output
+    assert driver(kernel, NVME) == "nvme"
+
+
+# --- each boot ---
+
+
+def rule(kernel: FakeKernel, address: str = NVME) -> Path:
+    return kernel.etc / f"udev/rules.d/70-vfiopy-{address}.rules"
+
+
+def test_a_rule_for_each_boot(kernel: FakeKernel) -> None:
+    (entry,) = answer(kernel, "bind", NVME, "--persist", "--user", ME, "--group-name", MY_GROUP)["functions"]
+    assert entry["persisted"] == [str(rule(kernel))]
+    first, binding, *rights = rule(kernel).read_text().splitlines()
+    assert first.startswith(f"# vfiopy: {NVME} to vfio-pci at each boot")
+    assert f'KERNEL=="{NVME}", ATTR{{driver_override}}="vfio-pci"' in binding
+    assert f'-m vfiopy bind --driver vfio-pci {NVME}"' in binding
+    assert f'OWNER="{ME}", GROUP="{MY_GROUP}", MODE="0660"' in rights[1]
+    assert mode(rule(kernel)) == 0o644
+    (one,) = persisted(NVME, system=kernel)
+    assert (one.driver, one.own) == ("vfio-pci", True)
+    # Taken off VFIO without a word about boots, it says that it comes back.
+    left = answer(kernel, "unbind", NVME)
+    assert (left["left"], left["removed"]) == ([str(rule(kernel))], [])
+    again = answer(kernel, "unbind", "--persist", NVME)
+    assert (again["removed"], again["functions"]) == ([str(rule(kernel))], [])
+    assert list(rule(kernel).parent.iterdir()) == []
+
+
+def test_restore_removes_it(kernel: FakeKernel) -> None:
+    answer(kernel, "bind", NVME, "--persist")
+    answer(kernel, "bind", "--group", NIC, "--persist")
+    assert say(kernel, "restore", NIC).stdout == f"{NIC}: igb\nremoved: {rule(kernel, NIC)}\n"
+    assert answer(kernel, "restore")["removed"] == [str(rule(kernel, one)) for one in (NVME, SECOND)]
+    assert driver(kernel, NVME) == "nvme"
+
+
+def test_the_format_of_driverctl_where_that_is(kernel: FakeKernel) -> None:
+    folder = kernel.etc / "driverctl.d"
+    folder.mkdir(parents=True)
+    (entry,) = answer(kernel, "bind", NVME, "--persist")["functions"]
+    saved = folder / f"pci-{NVME}"
+    assert entry["persisted"] == [str(saved)]
+    assert saved.read_text() == "vfio-pci\n"
+    assert not rule(kernel).exists()
+    assert answer(kernel, "bind", NVME, "--persist", "--user", ME)["functions"][0]["persisted"] == [
+        str(saved),
+        str(rule(kernel)),
+    ]
+    assert "driver_override" not in rule(kernel).read_text()
+    assert answer(kernel, "unbind", "--persist", NVME)["removed"] == [str(rule(kernel)), str(saved)]
+    assert list(folder.iterdir()) == []
+
+
+def test_others_files_stay(kernel: FakeKernel) -> None:
+    folder = kernel.etc / "driverctl.d"
+    folder.mkdir(parents=True)
+    saved = folder / f"pci-{NVME}"
+    saved.write_text("uio_pci_generic\n")
+    result = say(kernel, "bind", NVME, "--persist")
+    assert result.exit_code == 1
+    assert f"somebody else's file is there: {saved}, for uio_pci_generic" in result.output
+    assert f"driverctl unset-override {NVME}" in result.output
+    assert driver(kernel, NVME) == "nvme"  # and the binding was undone
+    saved.write_text("vfio-pci\n")  # what is wanted is there already
+    persist(NVME, system=kernel)
+    assert forget(NVME, system=kernel) == ()
+    assert saved.read_text() == "vfio-pci\n"
+    saved.unlink()
+    folder.rmdir()
+    rule(kernel).parent.mkdir(parents=True)
+    rule(kernel).write_text("# of an administrator\n")
+    assert say(kernel, "bind", NVME, "--persist").exit_code == 1
+    assert forget(system=kernel) == ()
+    assert rule(kernel).read_text() == "# of an administrator\n"
+
+
+def test_for_a_group_all_files_or_none(kernel: FakeKernel) -> None:
+    rule(kernel, SECOND).parent.mkdir(parents=True)
+    rule(kernel, SECOND).write_text("# of an administrator\n")
+    assert say(kernel, "bind", "--group", NIC, "--persist").exit_code == 1
+    assert [path.name for path in rule(kernel).parent.iterdir()] == [rule(kernel, SECOND).name]
+    assert driver(kernel, NIC) == "igb"
+
+
+def test_where_nothing_can_be_written(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionDeniedError, match="cannot be written"):
+        persist(NVME, system=kernel)
+
+
+def test_schemas(kernel: FakeKernel) -> None:
+    before = State.of(Function(NVME, kernel))
+    bound = answer(kernel, "bind", NVME, "--persist", "--user", ME)
+    kernel.add("0000:00:09.0", group=9)
+    bare = answer(kernel, "bind", "0000:00:09.0")
+    check_schema("bind", bound, bare)
+    left = answer(kernel, "unbind", NVME)
+    check_schema("unbind", left, answer(kernel, "unbind", "--persist", NVME), answer(kernel, "unbind", "0000:00:09.0"))
+    answer(kernel, "bind", NVME, "--persist")
+    answer(kernel, "bind", "0000:00:09.0")
+    check_schema("restore", answer(kernel, "restore"))
+    assert State.of(Function(NVME, kernel)) == before
