@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "tools"))
 
 from _lab.console import complaints  # noqa: E402 - the lab decides what counts as a complaint, in one place
+from ioctl_fixtures import container, edu, group, memory  # noqa: E402, F401  for all that do not make their own
 
 from vfiopy.lives import drain_finalizers  # noqa: E402
 

@@ -33,13 +33,6 @@ GET, SET = uapi.VFIO_DEVICE_FEATURE_GET, uapi.VFIO_DEVICE_FEATURE_SET
 
 
 @pytest.fixture
-def edu(bdf: Bdf) -> Iterator[str]:
-    address = bdf(EDU)
-    with bound(address):
-        yield address
-
-
-@pytest.fixture
 def iommufd() -> Iterator[IommufdFd]:
     with IommufdFd.open("/dev/iommu") as fd:
         yield fd

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
+from ioctl_fixtures import needs_type1
 from ioctl_support import PAGE, Memory, bound, lab_machine, opened
 from modes import EDU, MODES
 
@@ -24,41 +25,6 @@ from vfiopy.kernel.ioctl._call import os_calls
 Bdf = Callable[..., str]
 RW = uapi.VFIO_DMA_MAP_FLAG_READ | uapi.VFIO_DMA_MAP_FLAG_WRITE
 VADDR = uapi.VFIO_DMA_MAP_FLAG_VADDR
-
-
-needs_type1 = pytest.mark.skipif(
-    lab_machine() == "compat", reason="this kernel has no type1: iommufd serves /dev/vfio/vfio"
-)
-
-
-@pytest.fixture
-def edu(bdf: Bdf) -> Iterator[str]:
-    address = bdf(EDU)
-    with bound(address):
-        yield address
-
-
-@pytest.fixture
-def memory() -> Iterator[Memory]:
-    with Memory(8 * PAGE) as memory:
-        yield memory
-
-
-@pytest.fixture
-def group(edu: str) -> Iterator[GroupFd]:
-    with GroupFd.open(f"/dev/vfio/{pci.function(edu).iommu_group}") as group:
-        yield group
-
-
-@pytest.fixture
-def container(group: GroupFd) -> Iterator[ContainerFd]:
-    with ContainerFd.open("/dev/vfio/vfio") as container:
-        if container.is_iommufd():
-            pytest.skip("this kernel has no type1: iommufd serves /dev/vfio/vfio")
-        group.set_container(container)
-        container.set_iommu(uapi.VFIO_TYPE1v2_IOMMU)
-        yield container
-        group.unset_container()
 
 
 # --- order of things --------------------------------------------------------------------------------------------

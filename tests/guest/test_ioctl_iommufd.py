@@ -50,12 +50,6 @@ def mapper(bdf: Bdf) -> Iterator[IoasMapper]:
         yield mapper
 
 
-@pytest.fixture
-def memory() -> Iterator[Memory]:
-    with Memory(8 * PAGE) as memory:
-        yield memory
-
-
 def memfd(size: int) -> int:
     fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ioctl_support import PAGE, Memory, as_nobody, bound, linux, opened
-from modes import EDU
+from ioctl_support import PAGE, Memory, as_nobody, linux, opened
 
 from vfiopy import kernel, pci
 from vfiopy.backend import HostMemory, Prot
@@ -30,13 +29,6 @@ HUGE = 2 << 20
 MAP_HUGETLB = 0x40000
 DMA_SOURCE, DMA_TARGET, DMA_COUNT, DMA_COMMAND = 0x80, 0x88, 0x90, 0x98  # QEMU docs/specs/edu.rst
 DEVICE_BUFFER = 0x40000
-
-
-@pytest.fixture
-def edu(bdf: Callable[..., str]) -> Iterator[str]:
-    address = bdf(EDU)
-    with bound(address):
-        yield address
 
 
 @pytest.fixture

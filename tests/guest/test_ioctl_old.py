@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
-from ioctl_support import PAGE, Memory, bound, linux, opened
-from modes import EDU
+from ioctl_support import PAGE, Memory, linux, opened
 
 from vfiopy import kernel
 from vfiopy.backend import Area, HostMemory, Prot, RegionIndex
 from vfiopy.errors import NotSupportedError
 
 pytestmark = pytest.mark.machine("old")
-
-
-@pytest.fixture
-def edu(bdf: Callable[..., str]) -> Iterator[str]:
-    address = bdf(EDU)
-    with bound(address):
-        yield address
 
 
 def test_this_is_an_old_kernel() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from ioctl_support import PAGE, Memory, bound
@@ -13,13 +13,6 @@ from vfiopy.backend import HostMemory, IrqIndex, Prot, RegionIndex
 from vfiopy.errors import StateError
 
 Bdf = Callable[..., str]
-
-
-@pytest.fixture
-def edu(bdf: Bdf) -> Iterator[str]:
-    address = bdf(EDU)
-    with bound(address):
-        yield address
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ioctl_support import PAGE, Memory, bound, opened
-from modes import EDU, MODES
+from ioctl_support import PAGE, Memory, opened
+from modes import MODES
 
 from vfiopy import kernel
 from vfiopy.backend import HostMemory, IrqAction, IrqIndex, Prot
@@ -45,13 +45,6 @@ class Failing(KernelSyscalls):
             return int(method(*arguments))
 
         return call
-
-
-@pytest.fixture
-def edu(bdf: Callable[..., str]) -> Iterator[str]:
-    address = bdf(EDU)
-    with bound(address):
-        yield address
 
 
 def use(address: str, mode: str, memory: Memory) -> None:

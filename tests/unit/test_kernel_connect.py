@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
 import pytest
+from connect_tree import ROADS, A, B
 from kernel_fake import BAR0_SIZE, FakeVfio
 from pci_tree import FakeKernel
 
@@ -17,21 +17,6 @@ from vfiopy.errors import (
 )
 from vfiopy.kernel import ContainerMapper, connect
 from vfiopy.kernel.ioctl._call import replaced
-
-A, B, C, BRIDGE = "0000:00:04.0", "0000:00:05.0", "0000:00:06.0", "0000:00:07.0"
-ROADS = ("iommufd", "type1v2", "type1", "iommufd-compat-type1v2", "iommufd-compat-type1")
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> FakeKernel:
-    kernel = FakeKernel.make(tmp_path)
-    for name in ("vfio-pci", "e1000e", "pcieport"):
-        kernel.add_driver(name)
-    kernel.add(A, driver="vfio-pci", group=4)
-    kernel.add(B, driver="vfio-pci", group=5)
-    kernel.add(C, group=6)
-    (kernel.dev / "iommu").write_text("")
-    return kernel
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -27,18 +27,7 @@ from vfiopy.errors import (
 from vfiopy.kernel import ContainerMapper, GroupOnIommufdMapper, IoasMapper, Iommufd, KernelDeviceIo, hot_reset
 from vfiopy.kernel.device_io import region_name
 from vfiopy.kernel.ioctl import DeviceFd
-from vfiopy.kernel.ioctl._call import replaced
 from vfiopy.lives import drain_finalizers
-
-
-@pytest.fixture
-def vfio() -> Iterator[FakeVfio]:
-    fake = FakeVfio()
-    with replaced(fake):
-        yield fake
-        gc.collect()
-        drain_finalizers()
-        assert fake.left() == {}
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import struct
 import threading
-from collections.abc import Iterator
 
 import pytest
 from kernel_fake import FakeVfio, File, chain_into
@@ -27,18 +25,8 @@ from vfiopy.kernel.ioctl import (
     SyncFileFd,
     UdmabufFd,
 )
-from vfiopy.kernel.ioctl._call import KernelSyscalls, replaced
+from vfiopy.kernel.ioctl._call import KernelSyscalls
 from vfiopy.kernel.ioctl.caps import chain, checked_ranges
-
-
-@pytest.fixture
-def vfio() -> Iterator[FakeVfio]:
-    fake = FakeVfio()
-    with replaced(fake):
-        yield fake
-        gc.collect()
-        assert fake.left() == {}
-
 
 # --- kinds of fd ------------------------------------------------------------------------------------------------
 

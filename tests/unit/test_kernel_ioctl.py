@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import os
 import struct
-from collections.abc import Iterator
 from uuid import UUID
 
 import pytest
@@ -29,17 +27,6 @@ from vfiopy.kernel.ioctl import (
     SyncFileFd,
     UdmabufFd,
 )
-from vfiopy.kernel.ioctl._call import replaced
-
-
-@pytest.fixture
-def vfio() -> Iterator[FakeVfio]:
-    fake = FakeVfio()
-    with replaced(fake):
-        yield fake
-        gc.collect()
-        assert fake.left() == {}
-
 
 # --- interrupts -------------------------------------------------------------------------------------------------
 

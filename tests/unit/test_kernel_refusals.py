@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
-from pathlib import Path
 
 import pytest
+from connect_tree import BRIDGE, A, B, C
 from kernel_fake import FakeVfio
 from pci_tree import FakeKernel
 
@@ -21,22 +21,6 @@ from vfiopy.errors import (
 )
 from vfiopy.kernel import ContainerMapper, ForeignMapper, IoasMapper, connect
 from vfiopy.kernel.ioctl._call import replaced
-
-A, B, C, BRIDGE = "0000:00:04.0", "0000:00:05.0", "0000:00:06.0", "0000:00:07.0"
-ROADS = ("iommufd", "type1v2", "type1", "iommufd-compat-type1v2", "iommufd-compat-type1")
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> FakeKernel:
-    kernel = FakeKernel.make(tmp_path)
-    for name in ("vfio-pci", "e1000e", "pcieport"):
-        kernel.add_driver(name)
-    kernel.add(A, driver="vfio-pci", group=4)
-    kernel.add(B, driver="vfio-pci", group=5)
-    kernel.add(C, group=6)
-    (kernel.dev / "iommu").write_text("")
-    return kernel
-
 
 # --- refusals ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +117,8 @@ def test_adopted_cdev_is_bound_and_attached(tree: FakeKernel, vfio: FakeVfio) ->
     assert io.fileno() != fd
     io.close()
     mapper.close()
-    assert list(vfio.left()) == [fd]
+    assert list(vfio.left()) == [fd]  # still the caller's
+    vfio.close(fd)
 
 
 def test_no_failing_call_of_adoption_takes_the_callers_fd(tree: FakeKernel) -> None:
@@ -179,6 +164,7 @@ def test_a_container_is_not_adopted_as_a_device(tree: FakeKernel, vfio: FakeVfio
     with pytest.raises(WrongFdError, match=re.escape("is 'vfio/vfio', not a VFIO device")):
         connect(A, device_fd=fd, system=tree)
     assert list(vfio.left()) == [fd]
+    vfio.close(fd)
 
 
 def test_a_container_that_lost_its_last_group_chooses_its_model_again(tree: FakeKernel, vfio: FakeVfio) -> None:
