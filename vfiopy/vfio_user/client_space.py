@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import Final
 
 from vfiopy.backend import BookReader, HostMemory, IovaRange, Mapper, Prot, RemoteMemory
-from vfiopy.errors import NotSupportedError, VfioError
+from vfiopy.errors import NotSupportedError
 from vfiopy.iova import KIND_HOST, KIND_REMOTE, IovaClosing, IovaSpace
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.dma_requests import ClientMemory, DmaRequests
@@ -20,6 +19,7 @@ _LAST: Final = (1 << 64) - 1
 _PAGE: Final = 4096
 _BY_CALLS: Final = 8  # libvfio-user's flag for an fd that cannot be mapped
 _KNOWN: Final = 0xF  # and 4, which says that it can
+_KNOWN_OF_UNMAP: Final = int(wire.UnmapFlag.ALL | wire.UnmapFlag.GET_DIRTY_BITMAP)  # an IntFlag's ~ knows no others
 
 
 class ClientSpace:
@@ -90,13 +90,11 @@ class ClientSpace:
         Holes in the range, and a range without a mapping, are fine, as for type1.
 
         Raises:
-            VfioError: (EINVAL) no size, beyond 64 bits, or unknown flags; (EOPNOTSUPP) dirty pages are asked for.
+            VfioError: (EINVAL) no size, beyond 64 bits, or unknown flags.
         """
         record = wire.DMA_UNMAP.unpack(payload)
-        if record.flags & ~(wire.UnmapFlag.ALL | wire.UnmapFlag.GET_DIRTY_BITMAP):
+        if record.flags & ~_KNOWN_OF_UNMAP:
             raise wire.malformed(f"DMA_UNMAP with flags {record.flags:#x}")
-        if record.flags & wire.UnmapFlag.GET_DIRTY_BITMAP:
-            raise VfioError("dirty pages are told by DEVICE_FEATURE only", errno=errno.EOPNOTSUPP)
         if record.flags & wire.UnmapFlag.ALL:
             if record.address or record.size:
                 raise wire.malformed("DMA_UNMAP of everything, with a range")

@@ -5,21 +5,26 @@ from __future__ import annotations
 import errno
 import threading
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 from vfiopy.backend import FileMemory, IovaRange, KernelTarget, MapperTraits, Memory, MemoryKind, Prot
-from vfiopy.errors import DeviceGoneError, VfioError
+from vfiopy.errors import DeviceGoneError, ProtocolError, VfioError
 from vfiopy.memory_view import view_of
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.arena import Arenas
 from vfiopy.vfio_user.connection import Connection
-from vfiopy.vfio_user.wire import Command, MapFlag
+from vfiopy.vfio_user.wire import Command, MapFlag, UnmapFlag
 
 __all__ = ["VfioUserMapper"]
 
 _RANGES: Final = (IovaRange(0, (1 << 48) - 1),)  # a device may have no more address lines than a PC's IOMMU
 _MAX_DATA: Final = 1 << 20
+_PAGE: Final = 4096
+
+TellDirty = Callable[[int, int, int, bytes], object]
+"""Hears of the dirty pages of what was unmapped: IOVA, size, page size, bitmap."""
 
 
 class _Entry(NamedTuple):
@@ -47,6 +52,7 @@ class VfioUserMapper:
         self._starts: list[int] = []
         self._entries: list[_Entry] = []
         self._connection: Connection | None = None
+        self._tell: TellDirty | None = None
 
     def attach(self, connection: Connection) -> None:
         """Take the connection to announce mappings on, and announce those that there are: after a reconnect too."""
@@ -115,16 +121,46 @@ class VfioUserMapper:
             PinnedError: its device still uses the memory.
             VfioError: it refuses, or does not answer; it still has the memory then.
         """
-        payload = wire.DMA_UNMAP.pack(wire.DMA_UNMAP.size, 0, iova, size)
         connection = self._connection
         if connection is not None and connection.alive:
             try:
-                connection.request(Command.DMA_UNMAP, payload, detail=f"iova {iova:#x}, size {size:#x}")
+                self._take_away(connection, iova, size)
             except DeviceGoneError:
                 if connection.alive:  # it answers, but says EIO
                     raise
         self._remove(iova)
         return size
+
+    def _take_away(self, connection: Connection, iova: int, size: int) -> None:
+        detail = f"iova {iova:#x}, size {size:#x}"
+        if self._tell is None:
+            payload = wire.DMA_UNMAP.pack(wire.DMA_UNMAP.size, 0, iova, size)
+            connection.request(Command.DMA_UNMAP, payload, detail=detail)
+            return
+        page = _PAGE
+        while (length := -(-size // (64 * page)) * 8) > min(_MAX_DATA, connection.peer.max_data_xfer_size):
+            page *= 2
+        question = wire.DIRTY_BITMAP.pack(page, length)
+        room = wire.DMA_UNMAP.size + len(question) + length
+        payload = wire.DMA_UNMAP.pack(room, int(UnmapFlag.GET_DIRTY_BITMAP), iova, size)
+        reply = connection.request(Command.DMA_UNMAP, payload, question, detail=detail).payload
+        if len(reply) != room:
+            raise ProtocolError(
+                f"the server answers DMA_UNMAP with {len(reply)} bytes instead of {room}", object=self._name
+            )
+        self._tell(iova, size, page, bytes(reply[-length:]))
+
+    def tell_dirty(self, tell: TellDirty | None) -> None:
+        """From now on have ``tell(iova, size, page_size, bitmap)`` called for each mapping that goes, or not any more.
+
+        The bitmap says which of its pages the device has written since the log was started, or since they were last
+        asked for: a bit for each ``page_size`` bytes from ``iova``, in little-endian words of 64 bits. The server asks
+        its device for it when nobody uses the memory any more. The log has to be on
+        (VFIO_DEVICE_FEATURE_DMA_LOGGING_START, through ``device.io.feature``): without it nothing can be unmapped.
+
+        Of what goes because the server has gone, nothing is told.
+        """
+        self._tell = tell
 
     def _insert(self, entry: _Entry) -> None:
         with self._lock:

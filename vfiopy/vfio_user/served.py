@@ -14,6 +14,7 @@ from vfiopy.errors import NotSupportedError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.region_info import encode_region_info
 from vfiopy.vfio_user.served_irqs import ServedIrqs
+from vfiopy.vfio_user.served_log import ServedLog
 from vfiopy.vfio_user.wire import Command
 
 __all__ = ["Reply", "ServedDevice"]
@@ -44,10 +45,15 @@ class ServedDevice:
         io: the device.
         max_data: the most bytes of one access.
         max_fds: the most fds that come with one message.
+
+    Attributes:
+        commands: what to do for each of them.
+        log: of what the device's DMA writes.
     """
 
     def __init__(self, io: DeviceIo, max_data: int, max_fds: int) -> None:
         self.io = io
+        self.log = ServedLog(io, max_data)
         self._irqs = ServedIrqs(io, max_fds)
         self._max_data = max_data
         self._info = io.info()
@@ -67,8 +73,9 @@ class ServedDevice:
             self.commands[Command.MIG_DATA_WRITE] = partial(self._migration_write, io)
 
     def quiet(self) -> None:
-        """Disable all interrupts: the client that wanted them is gone."""
+        """Disable all interrupts, and the log: the client that wanted them is gone."""
         self._irqs.quiet(self._info.num_irqs)
+        self.log.stop()
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -150,7 +157,7 @@ class ServedDevice:
         if number not in _FEATURES:
             raise NotSupportedError(f"feature {number} is not of vfio-user", errno=errno.ENOTTY)
         data = bytes(memoryview(payload)[wire.FEATURE.size :])
-        answer = self.io.feature(number, operation, data)
+        answer = self.log.feature(number, operation, data)
         if operation != uapi.VFIO_DEVICE_FEATURE_GET:  # the request again, with what the device chose otherwise
             return (bytes(payload[: wire.FEATURE.size]), answer if len(answer) == len(data) else data), ()
         needed = wire.FEATURE.size + len(answer)

@@ -21,6 +21,7 @@ from vfiopy.vfio_user.client_space import ClientSpace
 from vfiopy.vfio_user.dma_requests import DmaRequests
 from vfiopy.vfio_user.doorbells import ServedDoorbells
 from vfiopy.vfio_user.served import Reply, ServedDevice
+from vfiopy.vfio_user.served_log import DirtyQuestion
 from vfiopy.vfio_user.version import Capabilities, decode_version, encode_version
 from vfiopy.vfio_user.wire import Command, Flag
 
@@ -58,6 +59,7 @@ class _Unmap:
     message: Message
     closing: IovaClosing
     deadline: float
+    dirty: DirtyQuestion | None
 
 
 class Session:
@@ -279,11 +281,12 @@ class Session:
 
     def _begin_unmap(self, message: Message) -> None:
         assert self._requests is not None
+        dirty = self._device.log.question(message.payload)
         closing, first, last = self._space.begin_unmap(message.payload)
         # The client waits for the answer to this, and may answer nothing else until it has it.
         self._requests.bar(first, last, "the client takes the memory away")
         deadline = time.monotonic() + self._limits.unmap_timeout
-        self._unmap = _Unmap(message, closing, deadline)
+        self._unmap = _Unmap(message, closing, deadline, dirty)
         self._finish_unmap()
 
     def _finish_unmap(self) -> None:
@@ -291,9 +294,12 @@ class Session:
         unmap = self._unmap
         if unmap is None:
             return
+        told: tuple[bytes, ...] = ()
         try:
             if unmap.closing.ready():
                 unmap.closing.finish()
+                if unmap.dirty is not None:  # now: whoever had the memory may have written it up to the end
+                    told = self._device.log.answer(unmap.dirty)
                 error = 0
             elif time.monotonic() < unmap.deadline:
                 return
@@ -308,7 +314,7 @@ class Session:
         if error:
             self._refuse(unmap.message, error)
         else:
-            self._send(unmap.message, (bytes(unmap.message.payload[: wire.DMA_UNMAP.size]),))
+            self._send(unmap.message, (bytes(unmap.message.payload[: wire.DMA_UNMAP.size]), *told))
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
