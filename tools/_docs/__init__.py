@@ -1,1 +1,1 @@
-"""What Sphinx is taught for docs/: references, reference pages made from the code, pictures. docs/conf.py loads it."""
+"""The documentation as a program sees it: what Sphinx is taught (docs/conf.py loads it), and the snippets for tests."""

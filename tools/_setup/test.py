@@ -40,7 +40,7 @@ FUZZ_SECONDS_NIGHTLY = 900
 EPILOG = """
 parts, in this order (default: all of them):
   lint     ruff, and mypy in strict mode
-  docs     docs/ as a site, without a warning
+  docs     docs/ as a site, without a warning; tests/docs: the snippets that need no kernel run
   native   C tests, with sanitizers, and cross-compiled for arm64 under qemu-user; a short fuzz run
   unit     tests/unit: no privileges, no hardware
   free-threaded
@@ -123,8 +123,9 @@ class Run:
         self._check("mypy tools", PYTHON, "-m", "mypy", *TOOLS)
 
     def docs(self) -> None:
-        """The site."""
+        """The site, and what it shows."""
         self._check("docs site", *build_command())
+        self._pytest("docs", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/docs")
 
     def native(self) -> None:
         """C tests as the Makefile of native/tests has them."""
