@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
 
@@ -14,27 +17,95 @@ import typer
 import vfiopy
 from vfiopy import vfio_user
 from vfiopy.cli.common import refusals_told
+from vfiopy.emulated import PciDevice
+from vfiopy.emulated.nvme import Namespace, Nvme
 
 __all__ = ["run_serve"]
 
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_NVME = "emulated:nvme"
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if found is None or not int(found[1]):
+        raise typer.BadParameter(f"'{text}' is no size; write 512M or 4G")
+    return int(found[1]) << _UNITS[found[2].upper()]
+
 
 def run_serve(
-    target: Annotated[str, typer.Argument(help="An emulated device (edu), or a PCI address bound to vfio-pci.")],
+    target: Annotated[
+        str, typer.Argument(help="An emulated device (edu, nvme), or a PCI address bound to vfio-pci.")
+    ],
     socket: Annotated[Path, typer.Option(help="Where to listen; its folder is made with mode 0700.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="nvme: the file or disk of a namespace. Can be given several times.")
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(parser=_bytes, metavar="SIZE", help="nvme: make images that do not exist, of this size (1G)."),
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="nvme: bytes of a logical block, 512 or 4096.")] = 512,
+    read_only: Annotated[bool, typer.Option(help="nvme: never write the images.")] = False,
     trust_files: Annotated[
         bool, typer.Option(help="Map memory files that the client could make shorter: it can then end the server.")
     ] = False,
 ) -> None:
     """Offer a device on a vfio-user socket, for QEMU or vfiopy, until Ctrl-C or SIGTERM."""
     name = target if ":" in target else f"emulated:{target}"
-    with refusals_told(), vfiopy.serve(name, socket, limits=vfio_user.Limits(trust_files=trust_files)) as server:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        # JSON and paths must stay in one piece, whatever the width of the terminal
-        typer.echo(f"serving {name} at {socket}")
-        typer.echo(f"QEMU:   -device {shlex.quote(server.qemu_option)}")
-        typer.echo("        share its memory, or every DMA is a message: -m SIZE -machine memory-backend=ram \\")
-        typer.echo("        -object memory-backend-memfd,id=ram,size=SIZE,share=on")
-        typer.echo(f"vfiopy: vfiopy.open('vfio-user:{socket.absolute()}')")
-        sys.stdout.flush()
-        with suppress(KeyboardInterrupt):
-            server.run()
+    if name != _NVME and (image or size is not None or read_only):
+        raise typer.BadParameter(f"--image, --size and --read-only are for nvme, not for {name}")
+    if block_size not in (512, 4096):
+        raise typer.BadParameter(f"a logical block has 512 or 4096 bytes, not {block_size}")
+    # Whatever ends us, what was written goes to the disk first.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        with (
+            refusals_told(),
+            _device(name, image or [], size, block_size, read_only) as device,
+            vfiopy.serve(device, socket, limits=vfio_user.Limits(trust_files=trust_files)) as server,
+        ):
+            # JSON and paths must stay in one piece, whatever the width of the terminal
+            typer.echo(f"serving {name} at {socket}")
+            typer.echo(f"QEMU:   -device {shlex.quote(server.qemu_option)}")
+            typer.echo("        share its memory, or every DMA is a message: -m SIZE -machine memory-backend=ram \\")
+            typer.echo("        -object memory-backend-memfd,id=ram,size=SIZE,share=on")
+            typer.echo(f"vfiopy: vfiopy.open('vfio-user:{socket.absolute()}')")
+            sys.stdout.flush()
+            with suppress(KeyboardInterrupt):
+                server.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _device(
+    name: str, images: list[Path], size: int | None, block_size: int, read_only: bool
+) -> Iterator[PciDevice | str]:
+    """Make what is served; an NVMe controller's images are closed at the end."""
+    if name != _NVME:
+        yield name
+        return
+    namespaces: list[Namespace] = []
+    try:
+        for path in images:
+            namespaces.append(Namespace.image(path, size=size, block_size=block_size, read_only=read_only))
+        if not images:
+            namespaces.append(Namespace.memory(64 << 20 if size is None else size, block_size=block_size))
+        device = Nvme(namespaces, serial=_serial(images))
+    except BaseException:
+        for namespace in namespaces:
+            namespace.close()
+        raise
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def _serial(images: list[Path]) -> str | None:
+    """Return a serial number that the same images have each time; memory has a new one, as its content is new."""
+    if not images:
+        return None
+    names = "\0".join(str(path.resolve()) for path in images)
+    return blake2b(names.encode(), digest_size=8).hexdigest().upper()

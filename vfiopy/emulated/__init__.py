@@ -5,6 +5,7 @@ from vfiopy.emulated.config_space import Bar, ConfigSpace, Identity
 from vfiopy.emulated.device_io import EmulatedDeviceIo
 from vfiopy.emulated.edu import Edu
 from vfiopy.emulated.host import EmulatedHost, EmulatedMapper
+from vfiopy.emulated.nvme import Nvme
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.emulated.records import DeviceError, Fault, Injections
 from vfiopy.emulated.registry import connect, create, device_names
@@ -22,6 +23,7 @@ __all__ = [
     "Injections",
     "Msi",
     "MsiX",
+    "Nvme",
     "PciDevice",
     "PciExpress",
     "PowerManagement",

@@ -57,9 +57,10 @@ class PciDevice:
 
     name: ClassVar[str] = "device"
     identity: ClassVar[Identity]
-    bars: ClassVar[Mapping[int, Bar]] = {}
-    capabilities: ClassVar[Sequence[CapabilityDeclaration]] = ()
-    interrupt_pin: ClassVar[int] = 0
+    # of the class, or set by a constructor before this class's own runs
+    bars: Mapping[int, Bar] = {}
+    capabilities: Sequence[CapabilityDeclaration] = ()
+    interrupt_pin: int = 0
     doorbells: ClassVar[Mapping[int, Sequence[Doorbell]]] = {}
 
     def __init__(self, *, seed: int = 0, delay: tuple[float, float] = (0.0002, 0.002), manual: bool = False) -> None:
@@ -134,6 +135,11 @@ class PciDevice:
                 work()
 
         self.engine.schedule(wait, unless_reset)
+
+    def drop_work(self) -> None:
+        """Forget all work that has not begun; work that has and waits for memory ends there, without an error."""
+        self._life += 1
+        self.engine.cancel()
 
     @contextmanager
     def dma(self, iova: int, size: int, prot: Prot) -> Iterator[list[memoryview]]:
@@ -239,8 +245,7 @@ class PciDevice:
     def function_reset(self) -> None:
         """Reset the function: pending work is dropped, registers go back. Configuration space is the caller's."""
         with self.lock:
-            self._life += 1
-            self.engine.cancel()
+            self.drop_work()
             self.deassert()
             self.reset()
 

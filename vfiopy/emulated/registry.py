@@ -7,12 +7,13 @@ from collections.abc import Callable
 from vfiopy.emulated.device_io import EmulatedDeviceIo
 from vfiopy.emulated.edu import Edu
 from vfiopy.emulated.host import EmulatedMapper
+from vfiopy.emulated.nvme import Nvme
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.errors import DeviceNotFoundError
 
 __all__ = ["connect", "create", "device_names"]
 
-_DEVICES: dict[str, Callable[[], PciDevice]] = {Edu.name: Edu}
+_DEVICES: dict[str, Callable[[], PciDevice]] = {Edu.name: Edu, Nvme.name: Nvme}
 
 
 def device_names() -> list[str]:

@@ -24,6 +24,7 @@ class AdminOpcode(IntEnum):
     SET_FEATURES = 0x09
     GET_FEATURES = 0x0A
     ASYNC_EVENT_REQUEST = 0x0C
+    DOORBELL_BUFFER_CONFIG = 0x7C
 
 
 class IoOpcode(IntEnum):
@@ -32,8 +33,10 @@ class IoOpcode(IntEnum):
     FLUSH = 0x00
     WRITE = 0x01
     READ = 0x02
+    COMPARE = 0x05
     WRITE_ZEROES = 0x08
     DATASET_MANAGEMENT = 0x09
+    VERIFY = 0x0C
 
 
 class Cns(IntEnum):
@@ -43,6 +46,15 @@ class Cns(IntEnum):
     CONTROLLER = 0x01
     ACTIVE_NAMESPACES = 0x02
     NAMESPACE_DESCRIPTORS = 0x03
+    NAMESPACE_OF_SET = 0x05
+    CONTROLLER_OF_SET = 0x06
+    ACTIVE_NAMESPACES_OF_SET = 0x07
+    NAMESPACE_OF_ANY_SET = 0x08
+    ALLOCATED_NAMESPACES = 0x10
+    ALLOCATED_NAMESPACE = 0x11
+    CONTROLLERS_OF_NAMESPACE = 0x12
+    CONTROLLERS = 0x13
+    COMMAND_SETS = 0x1C
 
 
 class Feature(IntEnum):
@@ -58,6 +70,8 @@ class Feature(IntEnum):
     INTERRUPT_VECTOR = 0x09
     WRITE_ATOMICITY = 0x0A
     ASYNC_EVENTS = 0x0B
+    TIMESTAMP = 0x0E
+    COMMAND_SET_PROFILE = 0x19
 
 
 class LogPage(IntEnum):
@@ -69,3 +83,4 @@ class LogPage(IntEnum):
     FIRMWARE = 0x03
     CHANGED_NAMESPACES = 0x04
     COMMAND_EFFECTS = 0x05
+    FEATURE_EFFECTS = 0x12

@@ -17,13 +17,21 @@ __all__ = [
     "CC_EN",
     "CC_SHN_MASK",
     "CC_SHN_NORMAL",
+    "CMBLOC",
+    "CMBMSC",
+    "CMBSTS",
+    "CMBSZ",
     "CRTO",
     "CSTS",
     "CSTS_CFS",
     "CSTS_RDY",
+    "CSTS_SHST_BUSY",
     "CSTS_SHST_DONE",
     "CSTS_SHST_MASK",
     "CSTS_SHST_NONE",
+    "DOORBELLS",
+    "INTMC",
+    "INTMS",
     "VS",
     "Capabilities",
     "configuration",
@@ -34,13 +42,19 @@ __all__ = [
 
 CAP = 0x00  # 64 bits: 3.1.3.1
 VS = 0x08  # 3.1.3.2
+INTMS = 0x0C  # 3.1.3.3
+INTMC = 0x10  # 3.1.3.4
 CC = 0x14  # 3.1.3.5
 CSTS = 0x1C  # 3.1.3.6
 AQA = 0x24  # 3.1.3.8
 ASQ = 0x28  # 64 bits: 3.1.3.9
 ACQ = 0x30  # 64 bits: 3.1.3.10
+CMBLOC = 0x38  # 3.1.3.11
+CMBSZ = 0x3C  # 3.1.3.12
+CMBMSC = 0x50  # 64 bits: 3.1.3.16
+CMBSTS = 0x58  # 3.1.3.17
 CRTO = 0x68  # Controller Ready Timeouts, since 2.0; only where CAP.CRMS is not 0
-_DOORBELLS = 0x1000
+DOORBELLS = 0x1000
 
 CC_EN = 1 << 0
 CC_SHN_NORMAL = 1 << 14
@@ -54,6 +68,7 @@ CSTS_RDY = 1 << 0
 CSTS_CFS = 1 << 1
 CSTS_SHST_MASK = 3 << 2
 CSTS_SHST_NONE = 0 << 2
+CSTS_SHST_BUSY = 1 << 2
 CSTS_SHST_DONE = 2 << 2
 
 # CAP.CSS and CC.CSS (3.1.3.1 and 3.1.3.5): which command sets a controller has, and which one it is told to use
@@ -147,7 +162,7 @@ def configuration(capabilities: Capabilities, page_size: int) -> int:
 
 def doorbell(queue: int, stride: int, *, completion: bool) -> int:
     """Return the offset of a queue's doorbell: submission tail, or completion head."""
-    return _DOORBELLS + (2 * queue + completion) * stride
+    return DOORBELLS + (2 * queue + completion) * stride
 
 
 def version_text(version: int) -> str:

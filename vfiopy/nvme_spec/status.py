@@ -6,8 +6,50 @@ Source: NVM Express Base Specification 2.0, 3.3.3.2.1 and figures 92 to 99.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
-__all__ = ["Status"]
+__all__ = ["Code", "Status"]
+
+
+class Code(IntEnum):
+    """Status code type and status code as one number, ``type << 8 | code``: those that a controller of ours returns."""
+
+    SUCCESS = 0x000
+    INVALID_OPCODE = 0x001
+    INVALID_FIELD = 0x002
+    ID_CONFLICT = 0x003
+    DATA_TRANSFER_ERROR = 0x004
+    INTERNAL_ERROR = 0x006
+    ABORT_REQUESTED = 0x007
+    ABORTED_SQ_DELETION = 0x008
+    INVALID_NAMESPACE = 0x00B
+    COMMAND_SEQUENCE_ERROR = 0x00C
+    INVALID_SGL_SEGMENT = 0x00D
+    INVALID_SGL_COUNT = 0x00E
+    SGL_LENGTH_INVALID = 0x00F
+    SGL_TYPE_INVALID = 0x011
+    INVALID_CMB_USE = 0x012
+    PRP_OFFSET_INVALID = 0x013
+    WRITE_PROTECTED = 0x020
+    LBA_OUT_OF_RANGE = 0x080
+    CAPACITY_EXCEEDED = 0x081
+    CQ_INVALID = 0x100
+    INVALID_QUEUE_ID = 0x101
+    INVALID_QUEUE_SIZE = 0x102
+    ABORT_LIMIT_EXCEEDED = 0x103
+    EVENT_LIMIT_EXCEEDED = 0x105
+    INVALID_INTERRUPT_VECTOR = 0x108
+    INVALID_LOG_PAGE = 0x109
+    INVALID_QUEUE_DELETION = 0x10C
+    FEATURE_NOT_SAVEABLE = 0x10D
+    FEATURE_NOT_CHANGEABLE = 0x10E
+    COMMAND_SET_REJECTED = 0x12B
+    INVALID_COMMAND_SET = 0x12C
+    WRITE_TO_READ_ONLY_RANGE = 0x182
+    WRITE_FAULT = 0x280
+    UNRECOVERED_READ_ERROR = 0x281
+    COMPARE_FAILURE = 0x285
+
 
 _TYPES = {
     0: "generic",

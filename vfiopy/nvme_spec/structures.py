@@ -17,6 +17,7 @@ __all__ = [
     "IDENTIFY_NAMESPACE",
     "IDENTIFY_SIZE",
     "LBA_FORMAT",
+    "NAMESPACE_OF_ANY_SET",
     "POWER_STATE",
     "RANGE",
     "SMART_LOG",
@@ -200,6 +201,20 @@ IDENTIFY_NAMESPACE = _layout(
     lbaf=((LBA_FORMAT, 64), 128),
 )
 """Identify Namespace of the NVM command set, CNS 00h (NVM 1.0, 4.1.5.1)."""
+
+NAMESPACE_OF_ANY_SET = _layout(
+    IDENTIFY_SIZE,
+    nsfeat=("u1", 0),
+    nmic=("u1", 1),
+    rescap=("u1", 2),
+    fpi=("u1", 3),
+    anagrpid=("<u4", 4),
+    nsattr=("u1", 8),
+    nvmsetid=("<u2", 10),
+    endgid=("<u2", 12),
+    nstat=("u1", 14),
+)
+"""I/O Command Set Independent Identify Namespace, CNS 08h (Base 2.0, figure 280)."""
 
 SMART_LOG = _layout(
     512,
