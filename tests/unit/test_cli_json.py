@@ -131,7 +131,9 @@ def test_info(kernel: FakeKernel) -> None:
 
 def test_doctor(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)  # who is told what was not looked at
-    check_schema("doctor", said("doctor", NVME, kernel=kernel))
+    first = said("doctor", NVME, kernel=kernel)
+    (kernel.dev / "iommu").write_text("")
+    check_schema("doctor", first, said("doctor", NVME, "--fix", "--dry-run", kernel=kernel))
 
 
 def test_selftest() -> None:

@@ -203,6 +203,10 @@ def wide_group(kernel: FakeKernel) -> None:
     kernel.add("0000:02:01.0", group=8)
 
 
+def multifunction(kernel: FakeKernel) -> None:
+    kernel.add("0000:02:00.1", group=8)
+
+
 def reserved(kernel: FakeKernel) -> None:
     put(kernel, "kernel/iommu_groups/8/reserved_regions", "0x0000000079000000 0x0000000079ffffff direct")
 
@@ -252,6 +256,7 @@ SYMPTOMS: dict[str, tuple[Callable[[FakeKernel], None], str, Severity, str]] = {
         Severity.LIMITS,
         "no address: BAR0",
     ),
+    "multifunction": (multifunction, "wide group", Severity.NOTE, "group 8 has also 0000:02:00.1"),
     "wide group": (wide_group, "wide group", Severity.NOTE, "0000:02:01.0"),
 }
 
@@ -316,7 +321,7 @@ def test_a_bridge_is_not_for_vfio(kernel: FakeKernel) -> None:
 
 def test_memory_decode_of_a_device_that_is_open(kernel: FakeKernel) -> None:
     memory_off(kernel)
-    assert [finding.check for finding in found(kernel)] == ["held", "memory decode"]
+    assert [finding.check for finding in found(kernel)] == ["memory decode", "held"]
 
 
 def test_permissions(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +359,7 @@ def test_what_blocks_comes_before_what_limits(kernel: FakeKernel) -> None:
     put(kernel, "kernel/security/lockdown", "none [integrity] confidentiality")
     (kernel.pci_devices / NIC / "reset_method").write_text("")
     sibling(kernel)
-    assert [finding.check for finding in found(kernel)] == ["group not viable", "reset", "lockdown"]
+    assert [finding.check for finding in found(kernel)] == ["group not viable", "reset", "lockdown", "wide group"]
 
 
 def test_a_function_that_goes_while_it_is_looked_at(kernel: FakeKernel) -> None:
@@ -368,9 +373,9 @@ def test_json_is_what_scripts_rely_on(kernel: FakeKernel) -> None:
     answer = runner.invoke(app, ["doctor", NIC, "--json"], obj=kernel)
     assert answer.exit_code == 1
     report = json.loads(answer.stdout)
-    assert set(report) == {"format", "ok", "findings", "passed", "skipped"}
+    assert set(report) == {"format", "ok", "findings", "passed", "skipped", "fixes"}
     assert (report["format"], report["ok"]) == (1, False)
-    assert report["findings"] == [
+    assert [each for each in report["findings"] if each["severity"] == "blocks"] == [
         {
             "check": "group not viable",
             "object": NIC,

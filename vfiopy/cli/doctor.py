@@ -5,14 +5,26 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from vfiopy.cli.common import console, print_json, refusals_told, system_of
-from vfiopy.doctor import Finding, Report, Severity, examine, explain, read_kernel_log, study_log
-from vfiopy.pci import find, function
+from vfiopy.doctor import (
+    Finding,
+    Fix,
+    Report,
+    Severity,
+    examine,
+    explain,
+    fix,
+    read_kernel_log,
+    study_log,
+    try_out,
+)
+from vfiopy.pci import Function, find, function
 
 __all__ = ["run_doctor"]
 
@@ -35,31 +47,60 @@ def run_doctor(
             "--explain", metavar="ERROR", help="Only explain an error: 'EPERM VFIO_SET_IOMMU', or a message; - reads."
         ),
     ] = None,
+    deeper: Annotated[bool, typer.Option("--open", help="Open the device too (which resets it), and try it.")] = False,
+    backend: Annotated[str | None, typer.Option(help="For --open: the way to open it.")] = None,
+    vf_token: Annotated[
+        UUID | None, typer.Option("--vf-token", help="For --open: the token of a virtual function.")
+    ] = None,
+    noiommu: Annotated[bool, typer.Option("--noiommu", help="For --open: accept that there is no IOMMU.")] = False,
+    repair: Annotated[bool, typer.Option("--fix", help="Do what is safe and can be undone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="For --fix: only say what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Say why a device cannot be opened, mapped or reset: cause, evidence, remedy, what to fix first.
 
-    Opens and changes nothing. Exit status 1 when something keeps a device from being used.
+    Opens and changes nothing, without --open and --fix. Exit status 1 when something keeps a device from being used.
     """
     if error is not None:
         _explain(sys.stdin.read() if error == "-" else error, as_json)
         return
+    if deeper and address is None:
+        raise typer.BadParameter("--open takes a PCI address")
+    if dry_run and not repair:
+        raise typer.BadParameter("--dry-run belongs to --fix")
     system = system_of(context)
+    fixes: list[Fix] = []
     with refusals_told():
         if address is None:
             functions = find(predicate=lambda one: one.is_vfio, system=system)
         else:
             functions = [function(address, system=system)]
-        report = examine(functions, system=system)
+        if repair:
+            fixes, report = fix(functions, dry_run=dry_run, system=system)
+        else:
+            report = examine(functions, system=system)
+        if deeper:
+            report = _tried(report, functions[0], backend, vf_token, noiommu)
         if log or log_file is not None:
             lines = read_kernel_log(system.dev / "kmsg") if log_file is None else log_file.read().splitlines()
             wanted = None if address is None else [one.address for one in functions]
             report = report.joined(study_log(lines, wanted))
     if as_json:
-        print_json(_as_dict(report))
+        print_json(_as_dict(report) | {"fixes": [asdict(one) for one in fixes]})
     else:
+        _print_fixes(console(), fixes)
         _print(console(), report)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _tried(report: Report, one: Function, backend: str | None, vf_token: UUID | None, noiommu: bool) -> Report:
+    reason = "" if one.is_vfio else "VFIO does not hold it"
+    if any(finding.check == "held" and finding.object == str(one) for finding in report.findings):
+        reason = "somebody has it open"
+    if reason:
+        return report.joined([], skipped=[(str(one), "open", reason)])
+    attempt = try_out(one, backend=backend, vf_token=vf_token, noiommu=noiommu)
+    return report.joined(attempt.findings, attempt.passed, attempt.skipped)
 
 
 def _explain(text: str, as_json: bool) -> None:
@@ -96,6 +137,13 @@ def _as_dict(report: Report) -> dict[str, Any]:
         "passed": [{"object": where, "check": name} for where, name in report.passed],
         "skipped": [{"object": where, "check": name, "reason": reason} for where, name, reason in report.skipped],
     }
+
+
+def _print_fixes(screen: Console, fixes: list[Fix]) -> None:
+    for one in fixes:
+        colour = "green" if one.outcome == "done" else "bold red" if one.outcome.startswith("failed") else "cyan"
+        screen.print(Text.assemble((one.outcome, colour), f"  {one.object}: ", (one.action, "bold")))
+        screen.print(Text.assemble(("   undo:     ", "dim"), one.undo))
 
 
 def _print(screen: Console, report: Report) -> None:

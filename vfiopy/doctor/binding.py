@@ -52,7 +52,7 @@ def _direct_ranges(one: Function) -> Iterator[Problem]:
 
 
 def _in_use(one: Function) -> Iterator[Problem]:
-    reasons = [] if one.is_vfio or one.header_type else uses(one)
+    reasons = [] if one.is_vfio or one.header_type else uses(one, virtual_functions=False)
     if reasons:
         yield Problem(
             Severity.BLOCKS,
@@ -159,9 +159,9 @@ BINDING_CHECKS: tuple[DeviceCheck, ...] = (
     DeviceCheck("bridge", _bridge),
     DeviceCheck("no group", _no_group),
     DeviceCheck("direct ranges", _direct_ranges),
+    DeviceCheck("virtual functions on", _sriov),
     DeviceCheck("in use", _in_use),
     DeviceCheck("denylist", _denylist),
-    DeviceCheck("virtual functions on", _sriov),
     DeviceCheck("driver override", _override),
     DeviceCheck("vfio module", _module),
     DeviceCheck("not bound", _not_bound),

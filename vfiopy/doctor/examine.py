@@ -38,10 +38,15 @@ class Report:
         """Nothing keeps the devices from being used."""
         return all(finding.problem.severity is not Severity.BLOCKS for finding in self.findings)
 
-    def joined(self, findings: Iterable[Finding], skipped: Iterable[tuple[str, str, str]] = ()) -> Report:
+    def joined(
+        self,
+        findings: Iterable[Finding],
+        passed: Iterable[tuple[str, str]] = (),
+        skipped: Iterable[tuple[str, str, str]] = (),
+    ) -> Report:
         """This report with more findings, which come after its own of the same severity."""
         both = sorted((*self.findings, *findings), key=lambda finding: _RANK[finding.problem.severity])
-        return Report(tuple(both), self.passed, (*self.skipped, *skipped))
+        return Report(tuple(both), (*self.passed, *passed), (*self.skipped, *skipped))
 
 
 def examine(functions: Iterable[Function], *, system: System | None = None) -> Report:

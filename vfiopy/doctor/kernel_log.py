@@ -13,7 +13,7 @@ from vfiopy.doctor.log_patterns import PATTERNS, Pattern
 from vfiopy.errors import PciAddressError, PermissionDeniedError, VfioError
 from vfiopy.pci import PciAddress
 
-__all__ = ["LogMatch", "match_line", "read_kernel_log", "study_log"]
+__all__ = ["LogMatch", "LogTail", "match_line", "read_kernel_log", "study_log"]
 
 _ADDRESS = re.compile(r"(?<![0-9a-fA-F:.])(?:[0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7](?![0-9a-fA-F])")
 _RECORD = 8192  # bytes; the longest record of /dev/kmsg (Documentation/ABI/testing/dev-kmsg)
@@ -42,21 +42,10 @@ def read_kernel_log(path: Path = Path("/dev/kmsg")) -> list[str]:
         PermissionDeniedError: the kernel keeps its log to root (``kernel.dmesg_restrict``).
         VfioError: there is no such log, as in some containers.
     """
-    lines: list[str] = []
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            while True:
-                try:
-                    record = os.read(fd, _RECORD)
-                except BlockingIOError:
-                    break
-                except BrokenPipeError:  # the ring has overtaken us: go on with what is left of it
-                    continue
-                if not record:
-                    break
-                # "priority,sequence,time,flags;message", then lines of properties that begin with a blank
-                lines.append(record.decode("utf-8", "replace").partition(";")[2].split("\n", 1)[0])
+            return _drain(fd)
         finally:
             os.close(fd)
     except OSError as error:
@@ -68,7 +57,52 @@ def read_kernel_log(path: Path = Path("/dev/kmsg")) -> list[str]:
             call="open",
             hint="run as root (kernel.dmesg_restrict), or save the log and give it with --log-file",
         ) from error
-    return lines
+
+
+class LogTail:
+    """What the kernel logs from now on; nothing where its log cannot be read. A context manager."""
+
+    def __init__(self, path: Path = Path("/dev/kmsg")) -> None:
+        self.all_lines: list[str] = []
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError:  # no right to read it, or no such log
+            self.close()
+
+    def lines(self) -> list[str]:
+        """The lines since the last call."""
+        fresh = [] if self._fd < 0 else _drain(self._fd)
+        self.all_lines += fresh
+        return fresh
+
+    def close(self) -> None:
+        """Let the log go; safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> LogTail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _drain(fd: int) -> list[str]:
+    lines: list[str] = []
+    while True:
+        try:
+            record = os.read(fd, _RECORD)
+        except BlockingIOError:
+            return lines
+        except BrokenPipeError:  # the ring has overtaken us: go on with what is left of it
+            continue
+        if not record:
+            return lines
+        # "priority,sequence,time,flags;message", then lines of properties that begin with a blank
+        lines.append(record.decode("utf-8", "replace").partition(";")[2].split("\n", 1)[0])
 
 
 def match_line(line: str) -> LogMatch | None:

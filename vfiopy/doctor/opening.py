@@ -10,6 +10,7 @@ from vfiopy.doctor.finding import DeviceCheck, Problem, Severity
 from vfiopy.pci import Function
 from vfiopy.pci.config import Command, decode_header
 from vfiopy.pci.holders import vfio_holders
+from vfiopy.pci.isolation import separators
 
 __all__ = ["OPENING_CHECKS"]
 
@@ -122,11 +123,14 @@ def _token(one: Function) -> Iterator[Problem]:
 
 
 def _memory_off(one: Function) -> Iterator[Problem]:
-    if one.is_vfio and vfio_holders(one) and not decode_header(one.read_config).command & Command.MEMORY:
+    if not one.is_vfio or decode_header(one.read_config).command & Command.MEMORY:
+        return
+    holders = vfio_holders(one)  # VFIO switches it off at close: while nobody has the device that is as it should be
+    if holders:
         yield Problem(
-            Severity.LIMITS,
+            Severity.BLOCKS,
             "a process has it open and its memory decode is off: registers fault, BAR exports are revoked (ENODEV)",
-            "command register bit 1 is 0",
+            f"{one.sysfs}/config: command register bit 1 is 0; {'; '.join(map(str, holders))}",
             "the process that has it open sets device.memory_enabled = True, before it exports or imports a BAR",
         )
 
@@ -166,29 +170,37 @@ def _unassigned(one: Function) -> Iterator[Problem]:
 
 
 def _wide_group(one: Function) -> Iterator[Problem]:
-    far = [
-        other
-        for other in one.group_members()
-        if other.address.slot != one.address.slot and not other.is_bridge and not one.header_type
-    ]
-    if far:
-        yield Problem(
-            Severity.NOTE,
-            "its group spans several devices: a bridge above them cannot keep them apart (no ACS), so they go to one "
-            "user together",
-            f"group {one.iommu_group} has also {', '.join(map(str, far))}",
-            "another slot, or a kernel with pci=config_acs=; patches that override ACS take the isolation away",
-        )
+    if one.header_type:
+        return
+    others = [other for other in one.group_members() if other != one and not other.is_bridge]
+    if not others:
+        return
+    same = [other for other in others if other.address.slot == one.address.slot]
+    bridges = separators(one)
+    joined = [bridge for bridge in bridges if bridge.apart is False]
+    if len(same) == len(others):
+        cause = "its group has other functions of the same device, which has no ACS between them"
+    elif joined:
+        cause = f"its group spans several devices: {joined[-1].kind} {joined[-1].address} does not keep them apart"
+    else:
+        cause = "its group spans several devices: a bridge above them does not keep them apart (no ACS)"
+    evidence = f"group {one.iommu_group} has also {', '.join(map(str, others))}"
+    yield Problem(
+        Severity.NOTE,
+        f"{cause}; they go to one user together",
+        "; ".join([evidence, *map(str, bridges)]),
+        "another slot, or a kernel with pci=config_acs=; patches that override ACS take the isolation away",
+    )
 
 
 OPENING_CHECKS: tuple[DeviceCheck, ...] = (
     DeviceCheck("character device", _cdev),
     DeviceCheck("stale node", _stale_node),
+    DeviceCheck("memory decode", _memory_off),
     DeviceCheck("held", _held),
     DeviceCheck("permissions", _permissions),
     DeviceCheck("no IOMMU", _noiommu),
     DeviceCheck("token", _token),
-    DeviceCheck("memory decode", _memory_off),
     DeviceCheck("reset", _reset),
     DeviceCheck("unassigned BAR", _unassigned),
     DeviceCheck("power", _power),

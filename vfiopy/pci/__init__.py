@@ -8,7 +8,7 @@ from vfiopy.pci.function import Function, Resource, is_vfio_driver
 from vfiopy.pci.permissions import MemlockLimit, grant, memlock_limit, udev_rule
 from vfiopy.pci.persistence import Persisted, forget, persist, persisted
 from vfiopy.pci.system import System
-from vfiopy.pci.unbinding import unbind
+from vfiopy.pci.unbinding import clear_override, unbind
 from vfiopy.pci.usage import uses
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Resource",
     "System",
     "bind",
+    "clear_override",
     "find",
     "forget",
     "function",

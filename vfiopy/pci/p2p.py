@@ -15,7 +15,7 @@ from vfiopy.pci.address import PciAddress
 from vfiopy.pci.ext_capabilities import AccessControl
 from vfiopy.pci.function import Function
 
-__all__ = ["PeerPath", "Route", "peer_path"]
+__all__ = ["PeerPath", "Route", "ancestors", "peer_path"]
 
 
 class Route(Enum):
@@ -80,7 +80,7 @@ class PeerPath:
 def peer_path(source: Function, target: Function) -> PeerPath:
     """Find the way from one function to another."""
     names = (str(source), str(target))
-    mine, other = _ancestors(source), _ancestors(target)
+    mine, other = ancestors(source), ancestors(target)
     if not mine or not other:
         return PeerPath(*names, Route.UNKNOWN)
     if source.address == target.address:
@@ -106,8 +106,8 @@ def peer_path(source: Function, target: Function) -> PeerPath:
     return PeerPath(*names, route, bridge_address, tuple(redirected), tuple(unread))
 
 
-def _ancestors(function: Function) -> list[str]:
-    """From the host bridge ("pci0000:00") down to the function itself."""
+def ancestors(function: Function) -> list[str]:
+    """From the host bridge ("pci0000:00") down to the function itself; empty where sysfs does not show that."""
     try:
         parts = Path(function.sysfs).resolve(strict=True).parts
     except OSError:

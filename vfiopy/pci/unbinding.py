@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from vfiopy.pci.rebind import settle
 from vfiopy.pci.records import Record, Records, State
 from vfiopy.pci.system import System
 
-__all__ = ["unbind"]
+__all__ = ["clear_override", "unbind"]
 
 
 def unbind(
@@ -110,3 +111,28 @@ def _take_off(function: Function, record: Record | None, records: Records) -> No
             function.system.write(function.system.pci / "drivers_probe", str(function))
         except OSError:
             return  # no driver wants it; it is off VFIO all the same
+
+
+def clear_override(
+    target: PciAddress | str | Function, *, state_dir: Path | str | None = None, system: System | None = None
+) -> None:
+    """Clear a function's driver_override and leave its driver as it is; :func:`restore` brings the override back.
+
+    Args:
+        target: the function.
+        state_dir: folder of records, as for :func:`bind`.
+        system: other roots than /sys, /proc and /dev.
+
+    Raises:
+        BindingError, PermissionDeniedError: it cannot be cleared, or not be written down.
+    """
+    system = System() if system is None else system
+    function = target if isinstance(target, Function) else find_function(target, system=system)
+    records = Records(None if state_dir is None else Path(state_dir), system)
+    with records.lock():
+        now = State.of(function)
+        if now.override is None:
+            return
+        if records.read(function.address) is None:
+            records.write(Record(function.address, now, function.driver or "", os.getpid()))
+        settle(function, replace(now, override=None, numvfs=None, vfs=()))

@@ -20,17 +20,21 @@ _RTF_REJECT = 0x0200
 _LINK_LOCAL = 0x20
 
 
-def uses(function: Function) -> list[str]:
+def uses(function: Function, *, virtual_functions: bool = True) -> list[str]:
     """Reasons not to take a function away, one sentence each; empty where nothing is known against it.
 
     Looks for mounted file systems, swap, dm, md and loop devices on its disks; for default routes, addresses
     and membership in a bond or bridge on its interfaces; for the boot console; for virtual functions; and for
     processes that have one of its device nodes open. What another network namespace or a hidden process does
     is not seen.
+
+    Args:
+        function: the function.
+        virtual_functions: say that its virtual functions are enabled, too.
     """
     return [
         *_console(function),
-        *_virtual_functions(function),
+        *(_virtual_functions(function) if virtual_functions else ()),
         *_block(function),
         *_shares(function),
         *_network(function),
