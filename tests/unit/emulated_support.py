@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vfiopy.backend import DeviceIo, IrqAction, IrqIndex
+from vfiopy.backend import Area, DeviceIo, IrqAction, IrqIndex
 from vfiopy.emulated import Bar, Identity, Msi, MsiX, PciDevice, PciExpress, PowerManagement
 
 COMMAND = 0x04
@@ -47,6 +47,28 @@ class Everything(PciDevice):
 
     def reset(self) -> None:
         self.resets += 1
+
+
+class Patchwork(PciDevice):
+    """A function whose BAR 2 is memory in two places and registers around them."""
+
+    name = "patchwork"
+    identity = Identity(0x1B36, 0x00FD, 0x080000)
+    bars = {  # noqa: RUF012
+        0: Bar(0x1000),
+        2: Bar(0x8000, shared=True, areas=(Area(0x1000, 0x2000), Area(0x6000, 0x1000))),
+    }
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.accesses: list[tuple[object, ...]] = []
+
+    def read(self, bar: int, offset: int, width: int) -> int:
+        self.accesses.append(("read", bar, offset, width))
+        return 0x1234
+
+    def write(self, bar: int, offset: int, width: int, value: int) -> None:
+        self.accesses.append(("write", bar, offset, width, value))
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Bars:
         device = self._device
         if self._is_hidden(index, offset, width):
             return b"\xff" * width
-        if index in device.memories:
+        if device.bars[index].is_memory(offset):
             return bytes(device.memories[index].view[offset : offset + width])
         return device.handle_read(index, offset, width).to_bytes(width, "little")
 
@@ -64,7 +64,7 @@ class Bars:
         device, width = self._device, len(data)
         if self._is_hidden(index, offset, width):
             return
-        if index in device.memories:
+        if device.bars[index].is_memory(offset):
             device.memories[index].view[offset : offset + width] = data
         else:
             device.handle_write(index, offset, width, int.from_bytes(data, "little"))
@@ -100,6 +100,26 @@ class Bars:
                 f"{region_name(index)} is served by code and cannot be mapped",
                 object=self._name,
                 hint="use its read and write methods; region_info().flags says MMAP where a region can be mapped",
+            )
+        return memory
+
+    def area(self, index: int, offset: int, size: int) -> BarMemory:
+        """Return the memory behind a part of a BAR that can be mapped.
+
+        Raises:
+            NotSupportedError: there are registers in it.
+            AddressRangeError: outside of the region.
+        """
+        memory = self.memory(index)
+        check_range(self._name, index, memory.size, offset, size)
+        areas = self._device.bars[index].areas
+        if areas is not None and not any(
+            area.offset <= offset and offset + size <= area.offset + area.size for area in areas
+        ):
+            raise NotSupportedError(
+                f"{region_name(index)}, offset {offset:#x}, {size} bytes: has registers in it and cannot be mapped",
+                object=self._name,
+                hint="region_info().sparse says which parts can be mapped",
             )
         return memory
 

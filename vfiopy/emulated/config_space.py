@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import PAGESIZE
 from typing import TypeVar
 
+from vfiopy.backend import Area
 from vfiopy.emulated.capabilities import CapabilityDeclaration, Msi, MsiX, PciExpress, PowerManagement
 from vfiopy.errors import VfioError
 
@@ -51,16 +53,37 @@ class Bar:
         shared: plain memory that can be mapped (a whole number of pages), instead of registers with handlers.
         address64: a 64-bit BAR, which takes the next BAR's register too.
         prefetchable: reads have no side effects.
+        areas: of a shared BAR, the only parts that are memory, whole pages in their order; the rest is registers with
+            handlers. None where all of it is memory.
     """
 
     size: int
     shared: bool = False
     address64: bool = False
     prefetchable: bool = False
+    areas: tuple[Area, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.size & (self.size - 1):
             raise ValueError(f"the size of a BAR is a power of two of at least 16, not {self.size:#x}")
+        if self.areas is None:
+            return
+        if not self.shared or not self.areas:
+            raise ValueError("areas are the parts of a shared BAR that are memory, one at least")
+        end = 0
+        for offset, size in self.areas:
+            if offset % PAGESIZE or size % PAGESIZE or size <= 0 or offset < end or offset + size > self.size:
+                raise ValueError(
+                    f"{size:#x} bytes at {offset:#x} are no area: whole pages of {PAGESIZE} bytes, in their order, "
+                    f"inside of the BAR's {self.size:#x}"
+                )
+            end = offset + size
+
+    def is_memory(self, offset: int) -> bool:
+        """Whether a byte is memory, and no register."""
+        if self.areas is None:
+            return self.shared
+        return any(start <= offset < start + size for start, size in self.areas)
 
     @property
     def type_bits(self) -> int:

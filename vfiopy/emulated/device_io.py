@@ -148,6 +148,7 @@ class EmulatedDeviceIo(Resource):
             index,
             bar.size,
             both | RegionFlag.MMAP if bar.shared else both,
+            sparse=bar.areas,
             msix_mappable=bar.shared and table is not None and table[0].table_bar == index,
         )
 
@@ -223,13 +224,12 @@ class EmulatedDeviceIo(Resource):
         """Map a part of a BAR that is shared memory. With memory decode off, touching it is a SIGBUS.
 
         Raises:
-            NotSupportedError: the region has handlers: there is nothing to map.
+            NotSupportedError: the region, or this part of it, has handlers: there is nothing to map.
             AddressRangeError: outside of the region.
             AlignmentError: not whole pages.
         """
         self.check_open()
-        memory = self._bars.memory(index)
-        check_range(self.name, index, memory.size, offset, size)
+        memory = self._bars.area(index, offset, size)
         window = FileWindow(memory.fd, offset, size, owner=memory)
         with self.device.lock:
             self._windows[:] = [old for old in self._windows if old] + [window]
