@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from _lab.qemu import Qemu
-from emulated_support import Everything, wait_for
+from emulated_support import Everything, Patchwork, wait_for
 from qtest import PLAIN, SHARED, Machine
 
 import vfiopy
 from vfiopy.emulated import Edu, PciDevice
 
+ROOT = Path(__file__).resolve().parents[2]
 SLOT = (0, 5)
 BAR0, BAR2 = 0xE000_0000, 0xE010_0000
 MEMORY_AND_BUS_MASTER = 6
@@ -132,6 +136,23 @@ def test_msix_and_a_mapped_bar(bench: Bench) -> None:
     assert all(access[1] == 0 for access in device.accesses)  # BAR 2 has no handlers
 
 
+def test_a_bar_that_is_mapped_in_parts(bench: Bench) -> None:
+    device = Patchwork()
+    machine = bench.boot(bench.serve(device))
+    bench.switch_on({2: BAR2})
+    machine.write(BAR2 + 0x1010, 0xDEAD_BEEF)
+    machine.write(BAR2 + 0x6FFC, 0x1234_5678)
+    assert machine.read(BAR2 + 0x1010) == 0xDEAD_BEEF
+    assert device.memories[2].view[0x1010:0x1014] == b"\xef\xbe\xad\xde"
+    assert device.memories[2].view[0x6FFC:0x7000] == b"\x78\x56\x34\x12"
+    assert not device.accesses  # QEMU has them mapped
+    machine.write(BAR2 + 0x20, 5, 2)
+    assert machine.read(BAR2 + 0x3000) == 0x1234
+    assert machine.read(BAR2 + 0x7FFC) == 0x1234
+    wanted = [("write", 2, 0x20, 2, 5), ("read", 2, 0x3000, 4), ("read", 2, 0x7FFC, 4)]
+    assert device.accesses == wanted
+
+
 def capabilities(machine: Machine) -> Iterator[int]:
     offset = machine.config(SLOT, 0x34, 1)
     while offset:
@@ -177,6 +198,27 @@ def test_a_server_that_dies_and_one_that_is_added(bench: Bench) -> None:
     bench.switch_on({0: 0xE000_0000 + (2 << 20)}, behind)
     machine.write(BAR0 + (2 << 20) + 4, 0x12345678)
     assert machine.read(BAR0 + (2 << 20) + 4) == 0xEDCBA987
+
+
+def test_a_server_that_is_killed_with_work_to_do(bench: Bench) -> None:
+    """What is unread in its socket then must not end QEMU, nor the guest."""
+    path = bench.folder / "edu.sock"
+    command = [sys.executable, "-m", "vfiopy", "serve", "edu", "--socket", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(path.exists, timeout=20)
+            option = {"driver": "vfio-user-pci", "addr": "5", "socket": {"path": str(path), "type": "unix"}}
+            arguments = [*PLAIN, "-device", json.dumps(option)]
+            machine = bench.machine = bench.stack.enter_context(Machine(bench.qemu, bench.folder, arguments))
+            bench.switch_on({0: BAR0})
+            assert machine.read(BAR0) == 0x010000ED
+            process.send_signal(signal.SIGSTOP)
+            for value in range(10):
+                machine.write(BAR0 + 4, value)
+        finally:
+            process.kill()
+    assert machine.read(BAR0) == 0xFFFF_FFFF
+    assert machine.qmp("query-status")["running"]
 
 
 def test_a_machine_that_is_killed_leaves_the_server_ready(bench: Bench) -> None:

@@ -63,7 +63,7 @@ def run_serve(
         with (
             refusals_told(),
             _device(name, image or [], size, block_size, read_only) as device,
-            vfiopy.serve(device, socket, limits=vfio_user.Limits(trust_files=trust_files)) as server,
+            vfiopy.serve(device, socket, limits=vfio_user.Limits(trust_files=trust_files), guarded=True) as server,
         ):
             # JSON and paths must stay in one piece, whatever the width of the terminal
             typer.echo(f"serving {name} at {socket}")
