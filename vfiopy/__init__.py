@@ -42,6 +42,7 @@ from vfiopy.errors import (
 from vfiopy.mmio import Region
 from vfiopy.opening import open, serve  # noqa: A004  vfiopy.open is what users expect to call
 from vfiopy.pci import Binding, Function, PciAddress, bind, find, function, grant, restore, unbind
+from vfiopy.trace import UntracedWarning, tracing
 
 __version__ = "0.1.0"
 
@@ -96,6 +97,7 @@ __all__ = [
     "StateError",
     "UnmappingError",
     "UnpinError",
+    "UntracedWarning",
     "Vector",
     "VfioError",
     "VfioTimeoutError",
@@ -108,5 +110,6 @@ __all__ = [
     "open",
     "restore",
     "serve",
+    "tracing",
     "unbind",
 ]

@@ -58,7 +58,7 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
     try:
         io, mapper = _connect(target, backend, room.mappers, vf_token, noiommu, device_fd)
         try:
-            return Device(io, mapper, room, owns_space=made_space, map_msix=map_msix)
+            device = Device(io, mapper, room, owns_space=made_space, map_msix=map_msix)
         except BaseException:
             io.close()
             if mapper not in room.mappers:
@@ -68,6 +68,11 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
         if made_space:
             room.close()
         raise
+    if "VFIOPY_TRACE" in os.environ:
+        from vfiopy.trace.program import trace_opened  # noqa: PLC0415  what is not asked for is not loaded
+
+        trace_opened(device)
+    return device
 
 
 def serve(

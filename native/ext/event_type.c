@@ -13,11 +13,20 @@
 #include "ext/lives.h"
 #include "ext/module.h"
 
+#ifdef Py_GIL_DISABLED
+#define OBJECT_ENTER(object) Py_BEGIN_CRITICAL_SECTION(object);
+#define OBJECT_LEAVE() Py_END_CRITICAL_SECTION();
+#else
+#define OBJECT_ENTER(object) {
+#define OBJECT_LEAVE() }
+#endif
+
 #define FOREVER 1e9 /* seconds: time_t may be small, and a wait is repeated */
 
 struct event_object {
     PyObject_HEAD
     uint64_t total;
+    PyObject *observer; /* told of what was taken, or NULL; written and read with the GIL or the object's lock */
     unsigned process;
     atomic_int fd;      /* -1 before it is set and once it is closed */
     atomic_int users;   /* threads that are in a call with the fd, maybe asleep */
@@ -45,6 +54,13 @@ static PyObject *event_new(PyTypeObject *type, PyObject *Py_UNUSED(arguments), P
 static int event_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(object));
+    Py_VISIT(of(object)->observer);
+    return 0;
+}
+
+static int event_clear(PyObject *object)
+{
+    Py_CLEAR(of(object)->observer);
     return 0;
 }
 
@@ -55,6 +71,7 @@ static void event_dealloc(PyObject *object)
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
     PyObject_GC_UnTrack(object);
+    event_clear(object);
     release(object);
     Py_DECREF(type);
 }
@@ -126,6 +143,68 @@ static int64_t take(PyObject *object, int fd)
     return -1;
 }
 
+/* Events that nobody got after all; 0, or -1 with an error set. */
+static int put_back(PyObject *object, int fd, uint64_t count)
+{
+    if (write(fd, &count, sizeof(count)) != sizeof(count)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    of(object)->total -= count;
+    return 0;
+}
+
+/* Tell the observer of `count` events that were taken, or of those that were put back; 0, or -1 with an error set. */
+static int tell(PyObject *object, long long count)
+{
+    PyObject *observer = NULL, *answer;
+
+    if (!of(object)->observer)
+        return 0;
+    OBJECT_ENTER(object)
+    observer = of(object)->observer;
+    Py_XINCREF(observer);
+    OBJECT_LEAVE()
+    if (!observer)
+        return 0;
+    answer = PyObject_CallFunction(observer, "L", count);
+    Py_DECREF(observer);
+    Py_XDECREF(answer);
+    return answer ? 0 : -1;
+}
+
+/* take(), and the observer told: who fails to hear it leaves the events for the next. */
+static int64_t take_and_tell(PyObject *object, int fd)
+{
+    int64_t count = take(object, fd);
+    PyObject *type, *error, *traceback;
+
+    if (count <= 0 || !tell(object, count))
+        return count;
+    PyErr_Fetch(&type, &error, &traceback);
+    if (put_back(object, fd, (uint64_t)count))
+        PyErr_Clear(); /* a full eventfd: there are events for the next anyway */
+    PyErr_Restore(type, error, traceback);
+    return -1;
+}
+
+static PyObject *event_set_observer(PyObject *object, PyObject *observer)
+{
+    PyObject *old;
+
+    if (observer != Py_None && !PyCallable_Check(observer)) {
+        PyErr_SetString(PyExc_TypeError, "an observer is a callable(count) or None");
+        return NULL;
+    }
+    observer = observer == Py_None ? NULL : Py_NewRef(observer);
+    OBJECT_ENTER(object)
+    old = of(object)->observer;
+    of(object)->observer = observer;
+    OBJECT_LEAVE()
+    Py_XDECREF(old);
+    Py_RETURN_NONE;
+}
+
 static PyObject *event_set_fd(PyObject *object, PyObject *argument)
 {
     int fd;
@@ -154,7 +233,7 @@ static PyObject *event_close_fd(PyObject *object, PyObject *Py_UNUSED(ignored))
 static PyObject *event_take(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     int fd = enter(object);
-    int64_t count = check(object) ? -1 : take(object, fd);
+    int64_t count = check(object) ? -1 : take_and_tell(object, fd);
 
     leave(object);
     return count < 0 ? NULL : PyLong_FromLongLong(count);
@@ -169,13 +248,8 @@ static PyObject *event_put_back(PyObject *object, PyObject *argument)
     if (vfiopy_get_u64(argument, "count", &count))
         return NULL;
     fd = enter(object);
-    if (!check(object)) {
-        done = write(fd, &count, sizeof(count)) == sizeof(count);
-        if (done)
-            of(object)->total -= count;
-        else
-            PyErr_SetFromErrno(PyExc_OSError);
-    }
+    if (!check(object))
+        done = !put_back(object, fd, count) && !tell(object, -(long long)count);
     leave(object);
     return done ? Py_NewRef(Py_None) : NULL;
 }
@@ -216,7 +290,7 @@ static PyObject *wait_for(PyObject *object, int fd, double timeout)
     double deadline = isinf(left) || !left ? left : now() + left;
 
     for (;;) {
-        int64_t count = take(object, fd);
+        int64_t count = take_and_tell(object, fd);
 
         if (count < 0)
             return NULL;
@@ -268,6 +342,8 @@ static PyMethodDef methods[] = {
      "    VfioTimeoutError: none came in time."},
     {"_set_fd", event_set_fd, METH_O, "For Vector: take over a non-blocking eventfd."},
     {"_close_fd", event_close_fd, METH_NOARGS, "For Vector: close it."},
+    {"_set_observer", event_set_observer, METH_O,
+     "For Vector: call observer(count) for events that were taken, -count for those that were put back; None stops it."},
     {"_put_back", event_put_back, METH_O, "For Vector: events were taken for somebody who is gone."},
     {NULL, NULL, 0, NULL},
 };
@@ -283,6 +359,7 @@ static PyType_Slot slots[] = {
     {Py_tp_new, event_new},
     {Py_tp_dealloc, event_dealloc},
     {Py_tp_traverse, event_traverse},
+    {Py_tp_clear, event_clear},
     {Py_tp_methods, methods},
     {Py_tp_members, members},
     {0, NULL},

@@ -109,8 +109,13 @@ PyObject *vfiopy_hold_new(RegionObject *region, uint64_t offset, uint64_t length
     }
     REGION_LEAVE()
 
-    if (self->region)
+    if (self->region) {
+        /* What goes through the address is not seen: the trace has to know at least that. */
+        if (vfiopy_region_flags(&region->core) & VFIOPY_REGION_TRACED
+            && vfiopy_region_report(region, "hold", self->offset, self->length, Py_NewRef(label)) < 0)
+            Py_CLEAR(self);
         return (PyObject *)self;
+    }
     if (verdict != VFIOPY_ALLOWED) {
         vfiopy_raise_verdict(region, verdict, offset, length == UINT64_MAX ? 1 : length, 1, direction);
     } else {

@@ -56,6 +56,56 @@ int vfiopy_parse_value(RegionObject *self, PyObject *argument, unsigned width, u
     return 0;
 }
 
+int vfiopy_region_report(RegionObject *self, const char *operation, uint64_t offset, uint64_t width, PyObject *value)
+{
+    PyObject *trace, *result;
+
+    if (!value)
+        return -1;
+    REGION_ENTER(self)
+    trace = self->trace;
+    Py_XINCREF(trace);
+    REGION_LEAVE()
+    if (!trace) {
+        Py_DECREF(value);
+        return 0;
+    }
+    result = PyObject_CallFunction(trace, "sKKN", operation, (unsigned long long)offset, (unsigned long long)width,
+                                   value);
+    Py_DECREF(trace);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static int call_trace(RegionObject *self, uint64_t offset, unsigned width, enum vfiopy_direction direction,
+                      uint64_t value)
+{
+    if (!(vfiopy_region_flags(&self->core) & VFIOPY_REGION_TRACED))
+        return 0;
+    return vfiopy_region_report(self, vfiopy_direction_name(direction), offset, width,
+                                PyLong_FromUnsignedLongLong(value));
+}
+
+/* Report an access that failed, with the exception that is set in place of a value; what the report raises wins. */
+static int report_failure(RegionObject *self, uint64_t offset, unsigned width, enum vfiopy_direction direction)
+{
+    unsigned flags = vfiopy_region_flags(&self->core);
+    PyObject *type, *error, *traceback;
+
+    if (!(flags & VFIOPY_REGION_TRACED) || flags & VFIOPY_REGION_FORKED) /* the trace is the parent's */
+        return -1;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (vfiopy_region_report(self, vfiopy_direction_name(direction), offset, width, Py_NewRef(error)) == 0) {
+        PyErr_Restore(type, error, traceback);
+        return -1;
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
+    return -1;
+}
+
 static void raise_gone(RegionObject *self, const char *access)
 {
     PyObject *reason;
@@ -118,7 +168,7 @@ int vfiopy_raise_verdict(RegionObject *self, enum vfiopy_verdict verdict, uint64
                                                             : "neither readable nor writable");
         break;
     }
-    return -1;
+    return report_failure(self, offset, width, direction);
 }
 
 int vfiopy_raise_fault(RegionObject *self, uint64_t offset, uint64_t done, uint64_t count, unsigned width,
@@ -136,7 +186,7 @@ int vfiopy_raise_fault(RegionObject *self, uint64_t offset, uint64_t done, uint6
         vfiopy_raise("DeviceGoneError", self->name, hint,
                      "%s: nothing is behind the mapping (SIGBUS), after %llu of %llu elements", access,
                      (unsigned long long)done, (unsigned long long)count);
-    return -1;
+    return report_failure(self, offset, width, direction);
 }
 
 static int raise_no_path(RegionObject *self, uint64_t offset, unsigned width, enum vfiopy_direction direction)
@@ -189,24 +239,6 @@ static int slow_write(RegionObject *self, uint64_t offset, unsigned width, uint6
     return result ? 0 : -1;
 }
 
-static int call_trace(RegionObject *self, uint64_t offset, unsigned width, enum vfiopy_direction direction,
-                      uint64_t value)
-{
-    PyObject *trace, *result;
-
-    REGION_ENTER(self)
-    trace = self->trace;
-    Py_XINCREF(trace);
-    REGION_LEAVE()
-    if (!trace)
-        return 0;
-    result = PyObject_CallFunction(trace, "sKIK", vfiopy_direction_name(direction), (unsigned long long)offset, width,
-                                   (unsigned long long)value);
-    Py_DECREF(trace);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
-}
-
 int vfiopy_region_get(RegionObject *self, uint64_t offset, unsigned width, bool relaxed, uint64_t *value)
 {
     enum vfiopy_verdict verdict;
@@ -228,7 +260,7 @@ int vfiopy_region_get(RegionObject *self, uint64_t offset, unsigned width, bool 
     if (faulted)
         return vfiopy_raise_fault(self, offset, 0, 1, width, VFIOPY_READ);
     if (!place.address && slow_read(self, offset, width, value) < 0)
-        return -1;
+        return report_failure(self, offset, width, VFIOPY_READ);
     return call_trace(self, offset, width, VFIOPY_READ, *value);
 }
 
@@ -258,5 +290,7 @@ int vfiopy_region_put(RegionObject *self, uint64_t offset, unsigned width, bool 
         return vfiopy_raise_verdict(self, verdict, offset, 1, width, VFIOPY_WRITE);
     if (faulted)
         return vfiopy_raise_fault(self, offset, 0, 1, width, VFIOPY_WRITE);
-    return place.address ? 0 : slow_write(self, offset, width, value);
+    if (!place.address && slow_write(self, offset, width, value) < 0)
+        return report_failure(self, offset, width, VFIOPY_WRITE);
+    return 0;
 }

@@ -51,11 +51,17 @@ int vfiopy_parse_offset(RegionObject *self, PyObject *argument, uint64_t *offset
 /* Get a register value; raises AccessError where it does not fit into `width` bytes. */
 int vfiopy_parse_value(RegionObject *self, PyObject *argument, unsigned width, uint64_t *value);
 
-/* Set the exception for a verdict other than VFIOPY_ALLOWED; returns -1. */
+/*
+ * Call the trace, if there is one: trace(operation, offset, width, value). Takes `value` over; NULL is an error that is
+ * set already. Never under a lock. 0, or -1 with an error set.
+ */
+int vfiopy_region_report(RegionObject *self, const char *operation, uint64_t offset, uint64_t width, PyObject *value);
+
+/* Set the exception for a verdict other than VFIOPY_ALLOWED, and tell the trace; returns -1. */
 int vfiopy_raise_verdict(RegionObject *self, enum vfiopy_verdict verdict, uint64_t offset, uint64_t count,
                          unsigned width, enum vfiopy_direction direction);
 
-/* Set the exception for an access that raised SIGBUS; `done` of `count` elements went through before; returns -1. */
+/* Set the exception for an access that raised SIGBUS, and tell the trace; `done` of `count` elements went through before; returns -1. */
 int vfiopy_raise_fault(RegionObject *self, uint64_t offset, uint64_t done, uint64_t count, unsigned width,
                        enum vfiopy_direction direction);
 

@@ -222,6 +222,11 @@ static PyObject *poll(PyObject *op, PyObject *arguments, PyObject *keywords, uns
     }
     if (self->core.window_count > 0)
         vfiopy_fault_install();
+    if (vfiopy_region_flags(&self->core) & VFIOPY_REGION_TRACED
+        && vfiopy_region_report(self, "poll", wait.offset, width,
+                                Py_BuildValue("(KK)", (unsigned long long)wait.mask, (unsigned long long)wait.value))
+               < 0)
+        return NULL;
     switch (wait_for(self, &wait)) {
     case MATCHED:
         return PyLong_FromUnsignedLongLong(wait.seen);

@@ -261,7 +261,11 @@ static const PyMethodDef other_methods[] = {
      "For the owner: 'open', 'slow' (do not touch the mapping) or 'gone'. Once it has returned no access that began\n"
      "before 'slow' or 'gone' is under way."},
     {"set_trace", vfiopy_region_set_trace, METH_O,
-     "set_trace($self, trace, /)\n--\n\nCall trace(operation, offset, width, value) for each access; None stops it."},
+     "set_trace($self, trace, /)\n--\n\n"
+     "Call trace(operation, offset, width, value) for each access; None stops it.\n\n"
+     "A `\"read\"` is reported after it, a `\"write\"` before it; one that failed, with the exception for a value.\n"
+     "Bursts and polls become single accesses, a `\"poll\"` is told first with (mask, value) for a value, and a\n"
+     "`\"hold\"` with its length and label: accesses through the address that it gives are not seen."},
     {"close", vfiopy_region_close, METH_NOARGS,
      "close($self, /)\n--\n\n"
      "Refuse all further access; idempotent. BusyError while the address is in use. Once it has returned no access is\n"

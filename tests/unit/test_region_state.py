@@ -150,6 +150,7 @@ class TestTrace:
             ("read", 2, 2, 0x3344),
             ("write", 8, 1, 1),
             ("write", 8, 1, 2),
+            ("poll", 8, 1, (0xFF, 2)),
             ("read", 8, 1, 2),
         ]
 
@@ -195,6 +196,82 @@ class TestTrace:
     def test_only_callables(self, bar: Bar) -> None:
         with pytest.raises(TypeError):
             bar.region().set_trace(5)
+
+    def test_it_hears_of_what_fails(self, bar: Bar) -> None:
+        class Broken(Registers):
+            def read(self, offset: int, width: int) -> int:
+                raise OSError("nobody there")
+
+        region = bar.region(slow=Broken())
+        log: list[tuple[object, ...]] = []
+        region.set_trace(lambda *access: log.append(access))
+        with pytest.raises(AddressRangeError) as outside:
+            region.read32(bar.size)
+        with pytest.raises(AccessError) as misaligned:
+            region.write16(1, 5)
+        region.set_state("slow")
+        with pytest.raises(OSError, match="nobody there") as slow:
+            region.read8(4)
+        region.set_state("gone")
+        with pytest.raises(DeviceGoneError) as gone:
+            region.write64(8, 5)
+        region.close()
+        with pytest.raises(ClosedError) as closed:
+            region.read8(0)
+        assert log == [
+            ("read", bar.size, 4, outside.value),
+            ("write", 1, 2, misaligned.value),
+            ("read", 4, 1, slow.value),
+            ("write", 8, 8, gone.value),
+            ("read", 0, 1, closed.value),
+        ]
+
+    def test_it_hears_of_a_bus_error(self, bar: Bar) -> None:
+        region = bar.region()
+        log: list[tuple[object, ...]] = []
+        region.set_trace(lambda *access: log.append(access))
+        bar.vanish()
+        with pytest.raises(DeviceGoneError) as gone:
+            region.write32(0, 7)
+        assert log == [("write", 0, 4, 7), ("write", 0, 4, gone.value)]
+
+    def test_what_it_raises_about_a_failure_wins(self, bar: Bar) -> None:
+        region = bar.region()
+
+        def fail(*_: object) -> None:
+            raise PermissionError("trace")
+
+        region.set_trace(fail)
+        with pytest.raises(PermissionError, match="trace"):
+            region.read32(bar.size)
+
+    def test_a_forked_child_does_not_report(self, bar: Bar) -> None:
+        region = bar.region()
+        region.set_trace(lambda *_: os._exit(3))
+        pid = os.fork()
+        if not pid:
+            try:
+                region.read32(0)
+            except ForkedError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    def test_it_hears_of_holds(self, bar: Bar) -> None:
+        region = bar.region()
+        log: list[tuple[object, ...]] = []
+        region.set_trace(lambda *access: log.append(access))
+        with region.hold(8, 16, label="doorbell"):
+            pass
+        assert log == [("hold", 8, 16, "doorbell")]
+
+        def refuse(*_: object) -> None:
+            raise PermissionError("no addresses")
+
+        region.set_trace(refuse)
+        with pytest.raises(PermissionError, match="no addresses"):
+            region.hold()
+        assert region.holds == ()
 
 
 class TestHold:

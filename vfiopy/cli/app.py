@@ -14,6 +14,7 @@ from vfiopy.cli.list import run_list
 from vfiopy.cli.new_device import run_new_device
 from vfiopy.cli.selftest import run_selftest
 from vfiopy.cli.serve import run_serve
+from vfiopy.cli.trace import run_trace
 
 __all__ = ["app"]
 
@@ -49,3 +50,4 @@ app.command("restore")(run_restore)
 app.command("selftest")(run_selftest)
 app.command("serve")(run_serve)
 app.command("new-device")(run_new_device)
+app.command("trace", context_settings={"allow_interspersed_args": False})(run_trace)

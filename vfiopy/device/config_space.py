@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vfiopy.backend import DeviceIo, RegionIndex
 from vfiopy.errors import AccessError, AddressRangeError, NotSupportedError
+from vfiopy.observing import Observer, told
 from vfiopy.pci.capabilities import Capability, walk_capabilities
 from vfiopy.pci.ext_capabilities import ExtendedCapability, walk_extended
 
@@ -28,6 +29,7 @@ class ConfigSpace:
     Attributes:
         name: for messages.
         size: bytes: 256, or 4096 on PCI Express.
+        observer: who is told of every access, or None.
     """
 
     def __init__(self, io: DeviceIo) -> None:
@@ -37,15 +39,32 @@ class ConfigSpace:
         if not info.size:
             raise NotSupportedError("the device has no configuration space", object=io.name)
         self.size = info.size
+        self.observer: Observer | None = None
 
     def read(self, offset: int, size: int) -> bytes:
         """Read ``size`` bytes."""
         self._check(offset, size)
+        if self.observer is not None:
+            return self._observed_read(self.observer, offset, size)
         return self._io.read(RegionIndex.CONFIG, offset, size)
+
+    def _observed_read(self, observer: Observer, offset: int, size: int) -> bytes:
+        facts = {"operation": "read", "offset": offset, "size": size}
+        try:
+            data = self._io.read(RegionIndex.CONFIG, offset, size)
+        except BaseException as error:
+            observer.tell("config", facts, error)
+            raise
+        observer.tell("config", {**facts, "data": data})
+        return data
 
     def write(self, offset: int, data: bytes) -> None:
         """Write bytes."""
         self._check(offset, len(data))
+        if self.observer is not None:
+            with told(self.observer, "config", operation="write", offset=offset, size=len(data), data=data):
+                self._io.write(RegionIndex.CONFIG, offset, data)
+            return
         self._io.write(RegionIndex.CONFIG, offset, data)
 
     def _check(self, offset: int, size: int) -> None:

@@ -15,9 +15,10 @@ from vfiopy.device.irqs import Irqs
 from vfiopy.device.regions import Regions
 from vfiopy.dma import AddressSpace, DmaArray, Mapping
 from vfiopy.dma.memory import PAGE_SIZE
-from vfiopy.errors import ClosedError, NotSupportedError, VfioError
+from vfiopy.errors import BusyError, ClosedError, NotSupportedError, VfioError
 from vfiopy.lives import Resource
 from vfiopy.mmio import Region
+from vfiopy.observing import Observer, told
 from vfiopy.pci.capabilities import MsiX
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class Device(Resource):
         self.space = space
         self._mapper = mapper
         self._owns_space = owns_space
+        self._observer: Observer | None = None
         try:
             self._info = io.info()
             self.config = ConfigSpace(io)
@@ -166,6 +168,25 @@ class Device(Resource):
             for capability in self.config.capabilities()
             if isinstance(capability, MsiX)
         }
+
+    def observe(self, observer: Observer | None) -> None:
+        """Have an observer told of what is done with the device, but for its address space; None ends it.
+
+        :func:`vfiopy.tracing` is what programs use.
+
+        Raises:
+            BusyError: somebody observes it already.
+        """
+        if observer is not None and self._observer is not None:
+            raise BusyError(
+                "it is being traced already", object=self.name, hint="end the other trace first, or give it more sinks"
+            )
+        self._observer = self.config.observer = self.bars.observer = self._others.observer = observer
+        self.irqs.observe(observer)
+
+    def open_regions(self) -> list[tuple[int, Region]]:
+        """Return the regions that are open, by VFIO's index; opens none."""
+        return [*self.bars.opened(), *self._others.opened()]
 
     # --- switches ------------------------------------------------------------------------------------------------
 
@@ -214,7 +235,8 @@ class Device(Resource):
         # The kernel restores the command register after the reset: clear the bit first, or it comes back set.
         memory = self.memory_enabled
         self.quiesce()
-        self.io.reset()
+        with told(self._observer, "reset"):
+            self.io.reset()
         if memory:
             self.config.update_command(set=COMMAND_MEMORY)
 
@@ -237,3 +259,5 @@ class Device(Resource):
         self.space.leave(self._mapper, self)
         if self._owns_space:
             self.space.close()
+        if self._observer is not None:
+            self._observer.tell("close", {})

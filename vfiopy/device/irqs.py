@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 
 from vfiopy.backend import DeviceIo, IrqAction, IrqFlag, IrqIndex, IrqInfo
 from vfiopy.device.vector import Vector
 from vfiopy.errors import AddressRangeError, BusyError, NotSupportedError, StateError, VfioError
+from vfiopy.observing import Observer, told
 
 __all__ = ["Interrupt", "Irqs"]
 
@@ -84,11 +86,13 @@ class Interrupt:
         try:
             for number in range(count):
                 vectors.append(Vector(f"{self.name} vector {number}", number, self._trigger))
-            self._io.set_irqs(
-                self.index, IrqAction.TRIGGER, 0, count, fds=[vector.for_backend() for vector in vectors]
-            )
-            # The kernel has it: from here on disable() is what ends it.
-            self._vectors = vectors
+            self._watch(vectors)
+            with self._told("enable", count=count):
+                self._io.set_irqs(
+                    self.index, IrqAction.TRIGGER, 0, count, fds=[vector.for_backend() for vector in vectors]
+                )
+                # The kernel has it: from here on disable() is what ends it.
+                self._vectors = vectors
         except BaseException as error:
             if not isinstance(error, VfioError):
                 self._disable_if_enabled()  # interrupted: who knows what the backend has done
@@ -97,6 +101,18 @@ class Interrupt:
                 vector.close()
             raise
         return tuple(vectors)
+
+    def _told(self, operation: str, **facts: object) -> AbstractContextManager[None]:
+        return told(self._siblings.observer, "irq", operation=operation, interrupt=_WORDS[self.index], **facts)
+
+    def _watch(self, vectors: Iterable[Vector]) -> None:
+        observer = self._siblings.observer
+        for vector in vectors:
+            vector.observe(None if observer is None else observer.vector_made(_WORDS[self.index], vector.number))
+
+    def watch_vectors(self) -> None:
+        """Have the vectors that are enabled report to who observes now."""
+        self._watch(self._vectors)
 
     def _refuse_if_enabled(self) -> None:
         if self._vectors:
@@ -119,8 +135,10 @@ class Interrupt:
         old = self._vector(number)
         new = Vector(f"{self.name} vector {number}", number, self._trigger)
         try:
-            self._io.set_irqs(self.index, IrqAction.TRIGGER, number, 1, fds=[new.for_backend()])
-            self._vectors[number] = new
+            self._watch([new])
+            with self._told("replace", vector=number):
+                self._io.set_irqs(self.index, IrqAction.TRIGGER, number, 1, fds=[new.for_backend()])
+                self._vectors[number] = new
         except BaseException as error:
             self._vectors[number] = old
             if not isinstance(error, VfioError):  # interrupted: who knows which of the two the backend has
@@ -134,7 +152,8 @@ class Interrupt:
         """Disable all vectors and close their eventfds. Idempotent."""
         if not self._vectors:
             return
-        self._disable_if_enabled()
+        with self._told("disable"):
+            self._disable_if_enabled()
         self._close_vectors()
 
     def _disable_if_enabled(self) -> None:
@@ -172,7 +191,8 @@ class Interrupt:
                 object=self.name,
                 hint="use the device's own mask register",
             )
-        self._io.set_irqs(self.index, action, number, 1)
+        with self._told("mask" if action is IrqAction.MASK else "unmask", vector=number):
+            self._io.set_irqs(self.index, action, number, 1)
 
     def _vector(self, number: int) -> Vector:
         if not self._vectors:
@@ -184,7 +204,8 @@ class Interrupt:
         return self._vectors[number]
 
     def _trigger(self, number: int) -> None:
-        self._io.set_irqs(self.index, IrqAction.TRIGGER, number, 1)
+        with self._told("trigger", vector=number):
+            self._io.set_irqs(self.index, IrqAction.TRIGGER, number, 1)
 
     def __getitem__(self, number: int) -> Vector:
         return self._vector(number)
@@ -193,6 +214,13 @@ class Interrupt:
         return f"<Interrupt {self.name}: {len(self._vectors)} of {self.count} vectors enabled>"
 
 
+_WORDS = {
+    IrqIndex.INTX: "intx",
+    IrqIndex.MSI: "msi",
+    IrqIndex.MSIX: "msix",
+    IrqIndex.ERR: "error",
+    IrqIndex.REQ: "request",
+}
 _ATTRIBUTES = {
     IrqIndex.INTX: "irqs.intx",
     IrqIndex.MSI: "irqs.msi",
@@ -211,9 +239,11 @@ class Irqs:
         msix: MSI-X.
         error: AER errors of the device, as vfio-pci reports them.
         request: the kernel asks for the device back (unbind, hot-unplug); close it soon.
+        observer: who is told of what is done with them, or None; see :meth:`observe`.
     """
 
     def __init__(self, io: DeviceIo) -> None:
+        self.observer: Observer | None = None
         self.intx = Interrupt(io, IrqIndex.INTX, self)
         self.msi = Interrupt(io, IrqIndex.MSI, self)
         self.msix = Interrupt(io, IrqIndex.MSIX, self)
@@ -223,6 +253,12 @@ class Irqs:
     def all(self) -> tuple[Interrupt, ...]:
         """Return every kind, present or not."""
         return (self.intx, self.msi, self.msix, self.error, self.request)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Have an observer told of what is done with interrupts, and of each that is taken."""
+        self.observer = observer
+        for interrupt in self.all():
+            interrupt.watch_vectors()
 
     def disable_all(self) -> None:
         """Disable whatever is enabled."""

@@ -9,6 +9,7 @@ from vfiopy.backend import Area, DeviceIo, RegionFlag, RegionInfo, Window, regio
 from vfiopy.dma.memory import PAGE_SIZE
 from vfiopy.errors import AddressRangeError, NotSupportedError
 from vfiopy.mmio import Region
+from vfiopy.observing import Observer
 
 __all__ = ["RegionPort", "Regions", "mappable_areas"]
 
@@ -67,6 +68,9 @@ class Regions:
 
     Threads: may be shared.
 
+    Attributes:
+        observer: who is told of regions that are opened, or None.
+
     Args:
         io: the device.
         limit: number of regions that this object offers.
@@ -81,6 +85,7 @@ class Regions:
         self._limit = limit
         self._msix = {} if map_msix else msix_tables
         self._open: dict[int, tuple[Region, list[Window]]] = {}
+        self.observer: Observer | None = None
         self._lock = threading.RLock()  # or two threads open a region twice, and the windows of one of them go under it
 
     def info(self, index: int) -> RegionInfo:
@@ -118,7 +123,10 @@ class Regions:
             with self._lock:
                 entry = self._open.get(index)
                 if entry is None:
-                    entry = self._open[index] = self._open_region(index)
+                    entry = self._open_region(index)
+                    if self.observer is not None:
+                        self.observer.region_opened(index, entry[0])
+                    self._open[index] = entry
         return entry[0]
 
     def _open_region(self, index: int) -> tuple[Region, list[Window]]:
@@ -150,6 +158,11 @@ class Regions:
                 window.close()
             raise
         return region, windows
+
+    def opened(self) -> list[tuple[int, Region]]:
+        """Return the regions that are open, with their indexes; opens none."""
+        with self._lock:
+            return [(index, region) for index, (region, _) in self._open.items()]
 
     def close(self) -> None:
         """Close all regions.

@@ -61,6 +61,13 @@ class Vector(Resource, EventBase):
         self._lent = True
         return self._fd
 
+    def observe(self, observer: Callable[[int], object] | None) -> None:
+        """Have ``observer(count)`` called with the interrupts that each wait takes; None stops it.
+
+        Who reads :meth:`fileno` by itself takes them unseen.
+        """
+        self._set_observer(observer)
+
     def for_backend(self) -> int:
         """Return the eventfd for who signals it: as :meth:`fileno`, but nobody will wait on it."""
         self.check_open()

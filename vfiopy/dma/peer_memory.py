@@ -13,6 +13,7 @@ from vfiopy.dma.mapping import Mapping
 from vfiopy.errors import IovaRangeError, VfioError
 from vfiopy.iova import IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
+from vfiopy.observing import Observer
 
 if TYPE_CHECKING:
     from vfiopy.dma.imports import DmaBufMapping
@@ -30,13 +31,32 @@ class PeerMemory(Resource, SpaceBase):
     name: str
     book: IovaSpace
     _mappers: MapperSet
+    _observers: tuple[Observer, ...] = ()
 
     @property
     def mappers(self) -> tuple[Mapper, ...]:
         """The mappers of this space, in the order in which they came."""
         return tuple(self._mappers)
 
+    def _tell(self, kind: str, facts: dict[str, object], error: BaseException | None = None) -> None:
+        for observer in self._observers:
+            observer.tell(kind, facts, error)
+
     def _map_ready(
+        self, ready: Memory, rights: Prot, iova: int | None, limit: int, alignment: int, *, transient: bool = False
+    ) -> Mapping:
+        if not self._observers:
+            return self._map_now(ready, rights, iova, limit, alignment, transient=transient)
+        facts: dict[str, object] = {"size": ready.size, "prot": rights, "memory": ready}
+        try:
+            mapping = self._map_now(ready, rights, iova, limit, alignment, transient=transient)
+        except BaseException as error:
+            self._tell("map", facts, error)
+            raise
+        self._tell("map", {"iova": mapping.iova, **facts})
+        return mapping
+
+    def _map_now(
         self, ready: Memory, rights: Prot, iova: int | None, limit: int, alignment: int, *, transient: bool = False
     ) -> Mapping:
         self._mappers.check_kind(ready.kind)
@@ -161,7 +181,9 @@ class PeerMemory(Resource, SpaceBase):
                 if reserved.serial is None:
                     self.mappers[0].unmap(reserved.iova, window.size)
                 raise
-            return Mapping(self, reserved.iova, window.size, 0, prot, serial)
+            mapping = Mapping(self, reserved.iova, window.size, 0, prot, serial)
+        self._tell("map", {"iova": mapping.iova, "size": mapping.size, "prot": prot, "memory": window})
+        return mapping
 
     def restore(self, mapping: Mapping) -> None:
         """Unmap a revoked mapping and map it again at the same IOVA; for :mod:`vfiopy.dma.imports`."""

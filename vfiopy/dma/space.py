@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -20,6 +21,7 @@ from vfiopy.dma.waiting import unmap_async
 from vfiopy.errors import AlignmentError, MemoryKindError, NotMappedError, StateError
 from vfiopy.iova import IovaMapping, IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
+from vfiopy.observing import Observer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +58,18 @@ class AddressSpace(PeerMemory):
     def _choose_road(self) -> None:
         """Let plain buffers go straight to the book where nobody else has to be asked."""
         mappers = self._mappers
-        self._direct = self._open and not mappers.in_python and MemoryKind.HOST in mappers.kinds
+        plain = not mappers.in_python and MemoryKind.HOST in mappers.kinds
+        self._direct = self._open and plain and not self._observers
+
+    def observe(self, observer: Observer) -> None:
+        """Have an observer told of every map and unmap from now on, but for those asked of ``space.book`` itself."""
+        self._observers = (*self._observers, observer)
+        self._choose_road()
+
+    def ignore(self, observer: Observer) -> None:
+        """End :meth:`observe`. Idempotent."""
+        self._observers = tuple(one for one in self._observers if one is not observer)
+        self._choose_road()
 
     # --- mappers and devices -------------------------------------------------------------------------------------
 
@@ -153,7 +166,9 @@ class AddressSpace(PeerMemory):
         the task leaves everything as it was.
         """
         self._check_range(iova, size)
-        return await unmap_async(self.book, self._mappers, iova, size, timeout)
+        with self._told_of_unmap(iova, size) as done:
+            done.append(await unmap_async(self.book, self._mappers, iova, size, timeout))
+        return done[0]
 
     def _check_range(self, iova: int, size: int | None) -> None:
         self.check_open()
@@ -164,7 +179,27 @@ class AddressSpace(PeerMemory):
                 hint="a range has at least one byte and ends within the 64-bit space",
             )
 
+    @contextmanager
+    def _told_of_unmap(self, iova: int, size: int | None) -> Iterator[list[int]]:
+        """Tell the observers of what the block does; it puts the number of bytes into the list."""
+        facts: dict[str, object] = {"iova": iova, "size": size}
+        done: list[int] = []
+        self._tell("unmapping", facts)
+        try:
+            yield done
+        except BaseException as error:
+            self._tell("unmap", facts, error)
+            raise
+        self._tell("unmap", {**facts, "count": done[0]})
+
     def _unmap(self, directly: Callable[[], int], iova: int, size: int | None, timeout: float) -> int:
+        if not self._observers:
+            return self._unmap_now(directly, iova, size, timeout)
+        with self._told_of_unmap(iova, size) as done:
+            done.append(self._unmap_now(directly, iova, size, timeout))
+        return done[0]
+
+    def _unmap_now(self, directly: Callable[[], int], iova: int, size: int | None, timeout: float) -> int:
         try:
             if not self.book.is_stepwise():
                 return directly()
@@ -305,7 +340,12 @@ class AddressSpace(PeerMemory):
         if self._mappers:
             raise StateError(f"{self._label} still has mappers: {[mapper.name for mapper in self._mappers]}")
         timeout, force = self._patience
+        left = self.book.mappings() if self._observers else []
+        if left:
+            self._tell("unmapping", {"iova": 0, "size": 1 << 64})
         leaks = self.book.close(timeout=timeout, force=force)
+        for gone in left:
+            self._tell("unmap", {"iova": gone.iova, "size": None, "count": gone.size})
         for allocation in list(self._allocations):
             if leaks:
                 allocation.abandon()  # its pins may be among those: the memory stays

@@ -1,0 +1,187 @@
+"""``vfiopy trace`` on whole programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from json_schema import check_schema
+from test_trace import check_chrome_trace
+
+from vfiopy.trace.event import KINDS
+
+ROOT = Path(__file__).parents[2]
+EDU = ROOT / "examples" / "edu.py"
+
+
+def run(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default", **more}
+    return subprocess.run(
+        [sys.executable, "-m", "vfiopy", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=environment,
+    )
+
+
+def program(folder: Path, text: str) -> Path:
+    path = folder / "program.py"
+    begin = "import vfiopy\ndevice = vfiopy.open('emulated:edu')\nbar = device.bars[0]\n"
+    path.write_text(begin + textwrap.dedent(text))
+    return path
+
+
+def test_the_example_as_text() -> None:
+    answer = run("trace", EDU, "emulated:edu")
+    assert answer.returncode == 0
+    assert "9 of 9 checks passed" in answer.stdout
+    assert "write   bar0+0x4/4 <- 0x12345678" in answer.stderr
+    assert "edu.py:" in answer.stderr
+    assert "more of the same" in answer.stderr
+    assert answer.stderr.splitlines()[-1].endswith(" events")
+    assert "LOST" not in answer.stderr
+
+
+def test_a_command_and_a_perfetto_file(tmp_path: Path) -> None:
+    out = tmp_path / "edu.json"
+    answer = run("trace", "--out", out, "--", sys.executable, str(EDU), "emulated:edu")
+    assert answer.returncode == 0
+    assert f"events in {out}" in answer.stderr
+    events = check_chrome_trace(out.read_text())
+    assert any(event["name"].startswith("irq msi taken") for event in events)
+
+
+def test_json_and_a_filter(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+        print("hello")
+        bar.read32(0)
+        bar.write32(4, 1)
+        device.bus_master = True
+        device.close()
+        """,
+    )
+    answer = run("trace", "--json", "--filter", "bar0:4", path)
+    first, *events, last = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert first["kind"] == "begin"
+    assert first["program"][-1] == str(path)
+    assert [event["kind"] for event in events] == ["open", "write", "close"]
+    assert last == {"kind": "end", "events": 3, "lost": 0}
+    assert "hello" in answer.stderr
+
+
+def test_the_exit_status_and_a_device_that_is_never_closed(tmp_path: Path) -> None:
+    path = program(tmp_path, "bar.write32(4, 7)\nimport sys\nsys.exit(5)")
+    out = tmp_path / "trace.jsonl"
+    answer = run("trace", "--out", out, path)
+    assert answer.returncode == 5
+    assert [json.loads(line)["kind"] for line in out.read_text().splitlines()] == ["begin", "open", "write", "end"]
+
+
+def test_a_program_that_is_killed(tmp_path: Path) -> None:
+    path = program(tmp_path, "bar.write32(4, 7)\nimport os\nos.kill(os.getpid(), 9)")
+    answer = run("trace", "--json", "--sync", path)
+    assert answer.returncode == 128 + signal.SIGKILL
+    kinds = [json.loads(line)["kind"] for line in answer.stdout.splitlines()]
+    assert kinds == ["begin", "open", "write", "lost", "end"]
+    assert "ended without closing its trace" in answer.stdout
+
+
+def test_processes_that_a_program_starts(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+        import os
+        device.close()
+        pid = os.fork()
+        with vfiopy.open("emulated:edu") as mine:
+            mine.bars[0].write32(4, 1 if pid else 2)
+        if pid:
+            os.waitpid(pid, 0)
+        """,
+    )
+    answer = run("trace", "--json", "--filter", "bar0", path)
+    events = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert sorted(event["value"] for event in events if event["kind"] == "write") == [1, 2]
+
+
+def test_only_one_device(tmp_path: Path) -> None:
+    path = program(tmp_path, "bar.read32(0)")
+    answer = run("trace", "--device", "0000:00:05.0", path)
+    assert answer.returncode == 0
+    assert "opened no device" in answer.stderr
+
+
+def test_schema_of_json(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+        from contextlib import suppress
+
+        from vfiopy.drivers.edu import EduDriver
+
+        edu = EduDriver(device)
+        device.bus_master = True
+        edu.enable_interrupts()
+        edu.factorial(5)
+        buffer = device.dma.allocate(4096)
+        buffer[0] = 1
+        edu.load(buffer.iova, 64)
+        buffer.free()
+        bar.poll32(0, 0, 0, 1.0)
+        with suppress(vfiopy.AddressRangeError):
+            bar.read32(bar.size)
+        with suppress(vfiopy.NotMappedError):
+            device.space.unmap(0x7000)
+        device.space.unmap(0x7000, 4096)
+        """,
+    )
+    answer = run("trace", "--json", "--contents", path)
+    first, *events, last = [json.loads(line) for line in answer.stdout.splitlines()]
+    seen = {kind: [event for event in events if event["kind"] == kind] for kind in KINDS}
+    # those that a program that runs through does not have
+    assert {kind for kind, some in seen.items() if not some} == {"hold", "reset", "lost", "close"}
+    check_schema("trace", {"format": first["format"], "begin": first, "events": seen, "end": last})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--filter", "bar9", "x.py"], 2, "is no place"),
+        (["--json", "--out", "x", "x.py"], 2, "--json writes JSON lines"),
+        (["/no/such/command"], 1, "/no/such/command: No such file or directory"),
+        (["--out", "/no/such/folder/x", "x.py"], 1, "/no/such/folder/x: No such file or directory"),
+        ([], 2, "Missing argument"),
+    ],
+)
+def test_bad_usage(arguments: list[str], status: int, text: str) -> None:
+    answer = run("trace", *arguments, COLUMNS="200")
+    assert answer.returncode == status
+    assert text in answer.stderr
+
+
+def test_a_path_in_the_environment(tmp_path: Path) -> None:
+    path = program(tmp_path, "bar.read32(0)")
+    out = tmp_path / "trace.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VFIOPY_TRACE": str(out)}
+    subprocess.run([sys.executable, path], check=True, env=environment, timeout=60)
+    assert [json.loads(line)["kind"] for line in out.read_text().splitlines()] == ["begin", "open", "read", "end"]
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    path = program(tmp_path, "print(hex(bar.read32(0)))")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VFIOPY_TRACE": f"unix:{tmp_path}/gone"}
+    answer = subprocess.run(
+        [sys.executable, path], check=True, env=environment, timeout=60, capture_output=True, text=True
+    )
+    assert answer.stdout == "0x10000ed\n"
+    assert "emulated:edu is not traced" in answer.stderr
