@@ -29,7 +29,7 @@ def _compiles(flags: list[str]) -> bool:
 
 
 native_sources = sorted(
-    str(path) for folder in ("ext", "iova", "region") for path in Path("native", folder).glob("*.c")
+    str(path) for folder in ("ext", "iova", "region", "wire") for path in Path("native", folder).glob("*.c")
 )
 native_headers = sorted(str(path) for path in Path("native").rglob("*.h"))
 optimize = ACROSS_FILES if _compiles(ACROSS_FILES) else ["-O2"]

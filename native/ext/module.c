@@ -23,7 +23,8 @@ PyMODINIT_FUNC PyInit__native(void)
     PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif
     if (vfiopy_region_type_init(module) < 0 || vfiopy_iova_type_init(module) < 0 ||
-        vfiopy_dma_types_init(module) < 0 || vfiopy_event_type_init(module) < 0) {
+        vfiopy_dma_types_init(module) < 0 || vfiopy_event_type_init(module) < 0 ||
+        vfiopy_wire_type_init(module) < 0) {
         Py_DECREF(module);
         return NULL;
     }

@@ -8,5 +8,6 @@ int vfiopy_region_type_init(PyObject *module);
 int vfiopy_iova_type_init(PyObject *module);
 int vfiopy_dma_types_init(PyObject *module);
 int vfiopy_event_type_init(PyObject *module);
+int vfiopy_wire_type_init(PyObject *module);
 
 #endif

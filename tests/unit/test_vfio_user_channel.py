@@ -144,9 +144,51 @@ def test_fds_with_a_body_are_dropped(ends: tuple[socket.socket, Channel]) -> Non
     theirs, channel = ends
     fd = os.eventfd(0)
     theirs.send(head(20))
+    assert channel.receive() is None
     pass_fds(theirs, b"body", [fd])
     os.close(fd)
     assert received(channel).fds == []
+
+
+def test_fds_with_a_body_that_is_read_with_its_header_are_the_messages(ends: tuple[socket.socket, Channel]) -> None:
+    theirs, channel = ends
+    fd = os.eventfd(0)
+    theirs.send(head(20))
+    pass_fds(theirs, b"body", [fd])
+    os.close(fd)
+    message = received(channel)
+    assert len(message.fds) == 1
+    close_fds(message.fds)
+
+
+def test_fds_find_the_last_of_several_messages_that_are_read_together(ends: tuple[socket.socket, Channel]) -> None:
+    theirs, channel = ends
+    fd = os.eventfd(7)
+    for number in range(3):
+        theirs.send(head(20, number=number) + b"body")
+    pass_fds(theirs, head(20, number=3) + b"body", [fd])
+    theirs.send(head(20, number=4) + b"body")
+    os.close(fd)
+    messages = [received(channel) for _ in range(5)]
+    assert [(message.id, len(message.fds)) for message in messages] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 0)]
+    assert os.eventfd_read(messages[3].fds[0]) == 7
+    close_fds(messages[3].fds)
+
+
+def test_long_messages_between_short_ones(ends: tuple[socket.socket, Channel]) -> None:
+    theirs, channel = ends
+    peer = Channel(theirs.dup(), "peer", max_data=100)
+    bodies = [bytes([number]) * size for number, size in enumerate([3, 70_000, 5, 16_368, 16_369, 1 << 20, 0])]
+    for number, body in enumerate(bodies):
+        peer.send(number, 9, 0, [body])
+    found = []
+    while len(found) < len(bodies):
+        if message := channel.receive():
+            found.append((message.id, bytes(message.payload)))
+        else:
+            peer.flush()
+    assert found == list(enumerate(bodies))
+    peer.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"abc", head(20), head(20) + b"ab"])

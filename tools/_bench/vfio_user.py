@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import quantiles
 
 from vfiopy import emulated, vfio_user
@@ -163,7 +164,7 @@ def _contenders(stack: ExitStack, cpus: set[int]) -> list[Contender]:
 
     def reading(serve: Callable[[socket.socket], None]) -> Sample:
         io, _ = _client(stack, child(serve))
-        return _each(lambda: io.read(0, 0, 4))
+        return _each(partial(io.read, 0, 0, 4))
 
     plain = child(lambda sock: build("vfio_user").bench_answer(sock.fileno()))
     return [
@@ -226,7 +227,7 @@ def _others(rounds: int, count: int) -> list[Row]:
         ways: list[tuple[str, Sample, float | None]] = [
             ("posted write", post, None),
             ("DMA_MAP with a file and DMA_UNMAP, 4 KiB", _each(map_and_unmap), None),
-            ("in-process: register read", _each(lambda: near.read(0, 0, 4)), IN_PROCESS),
+            ("in-process: register read", _each(partial(near.read, 0, 0, 4)), IN_PROCESS),
         ]
         rows = []
         for name, sample, most in ways:

@@ -1,43 +1,35 @@
 """One socket: whole messages with their file descriptors in, whole messages out, and nothing that was not checked.
 
 A message goes out with one ``sendmsg``, fds with its first byte: libvfio-user wants it so. What comes in may be cut
-anywhere. The header is read by itself, because the kernel hands fds out with the first byte of what they were sent
-with: so they are known to belong to this message.
+anywhere. It is read ahead, as much as there is: ``native/wire/`` says how fds find the message that they belong to.
 """
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import socket
-import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
-from vfiopy.errors import DeviceGoneError, ProtocolError
+from vfiopy._native import Wire
+from vfiopy.errors import DeviceGoneError, ProtocolError, VfioError, VfioTimeoutError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.hangup import hang_up
 
 __all__ = ["Channel", "Message", "close_fds"]
 
-_INT: Final = array.array("i").itemsize
 _HEADER_SIZE: Final = wire.HEADER.size
-_FIELDS: Final = wire.HEADER.fields
 _ROOM: Final = 4096  # beside the data of the largest access
-_KERNEL_FDS: Final = 253  # SCM_MAX_FD, net/scm.h
-_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC)
-_PLAIN: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 # Plain numbers: an IntFlag costs a microsecond with each operation
 _REPLY: Final = int(wire.Flag.REPLY)
 _NO_REPLY_WANTED: Final = int(wire.Flag.REPLY | wire.Flag.NO_REPLY)
 _ERROR: Final = int(wire.Flag.ERROR)
-_TYPE_MASK: Final = int(wire.Flag.TYPE_MASK)
-_CUT: Final = int(socket.MSG_CTRUNC)
-_OUT: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _GONE: Final = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.EBADF)
+# enum vfiopy_wire_result, native/wire/wire.h, and what native/ext/wire_object.h adds
+_ERRNO, _ENDED, _ENDED_INSIDE, _FDS, _SIZE, _FLAGS, _TIMEOUT = 0, 2, 3, 4, 5, 6, 100
 
 
 def close_fds(fds: list[int]) -> None:
@@ -78,6 +70,38 @@ class Message:
         return self.flags & _ERROR != 0
 
 
+def _fault(label: str, most: int, max_fds: int, kind: int, value: int) -> VfioError:
+    """Make the exception for what the native part says of a socket."""
+    if kind == _FDS:
+        return ProtocolError(
+            f"the peer sent more than {max_fds} file descriptors, or this process cannot open that many",
+            object=label,
+            hint="ulimit -n says how many files a process may have open",
+        )
+    if kind == _SIZE:
+        return ProtocolError(
+            f"the peer announces a message of {value} bytes; {_HEADER_SIZE} to {most} are possible", object=label
+        )
+    if kind == _FLAGS:
+        return ProtocolError(f"the peer sent a message with flags {value:#x}", object=label)
+    if kind == _TIMEOUT:
+        return VfioTimeoutError(f"no answer to command {value} came in time", object=label)
+    if kind == _ERRNO and value not in _GONE:
+        return DeviceGoneError(f"the socket fails: {os.strerror(value)}", errno=value, object=label)
+    return DeviceGoneError(
+        f"the peer closed the connection{' in the middle of a message' if kind == _ENDED_INSIDE else ''}",
+        errno=errno.ECONNRESET,
+        object=label,
+        hint="the other process ended, or gave up on this one",
+    )
+
+
+def _told(
+    fault: Callable[[VfioError], VfioError], make: Callable[[int, int], VfioError], kind: int, value: int
+) -> VfioError:
+    return fault(make(kind, value))
+
+
 class Channel:
     """A connected socket.
 
@@ -86,37 +110,43 @@ class Channel:
     Args:
         sock: taken over.
         label: for messages.
-
-    Attributes:
         max_data: the most bytes of data that a message may bring.
         max_fds: the most fds that a message may bring.
+
+        fault: is told of each error before it is raised, and may put another in its place.
+
+    Attributes:
+        wire: the native part.
     """
 
-    def __init__(self, sock: socket.socket, label: str, *, max_data: int, max_fds: int = 16) -> None:
-        self.max_data = max_data
-        self.max_fds = max_fds
-        self._room = socket.CMSG_SPACE(min(max_fds + 1, _KERNEL_FDS) * _INT)
+    def __init__(
+        self,
+        sock: socket.socket,
+        label: str,
+        *,
+        max_data: int,
+        max_fds: int = 16,
+        fault: Callable[[VfioError], VfioError] | None = None,
+    ) -> None:
+        most = max_data + _ROOM + _HEADER_SIZE
+        make: Callable[[int, int], VfioError] = partial(_fault, label, most, max_fds)
+        self.wire = Wire(sock.fileno(), most, max_fds, make if fault is None else partial(_told, fault, make), Message)
         self._socket = sock
-        self._label = label
-        self._head = bytearray(wire.HEADER.size)
-        self._head_view = memoryview(self._head)
-        self._got = 0
-        self._header: tuple[int, ...] | None = None
-        self._body = bytearray()
-        self._fds: list[int] = []
-        self._sending = threading.Lock()
-        self._queue: deque[tuple[memoryview, list[int]]] = deque()
-        self.queued = 0
-        """Bytes that wait for room in the socket."""
 
     def fileno(self) -> int:
         """The socket's fd; -1 after close."""
         return self._socket.fileno()
 
-    # --- in ----------------------------------------------------------------------------------------------------------
+    @property
+    def queued(self) -> int:
+        """Bytes that wait for room in the socket."""
+        return self.wire.queued
 
     def receive(self, *, wait: bool = False) -> Message | None:
         """Return the next message, or None where it is not all there yet.
+
+        Messages that came together with one that was returned are here already: ask until None, before anything waits
+        for the socket.
 
         Args:
             wait: block for as long as the socket's own time limit says, for each piece.
@@ -125,78 +155,7 @@ class Channel:
             DeviceGoneError: the peer closed the socket.
             ProtocolError: it sent what is no message; the stream is of no use any more.
         """
-        flags = _WAITING if wait else _PLAIN
-        try:
-            if self._header is None and not self._receive_header(flags):
-                return None
-            header = self._header
-            assert header is not None
-            wanted = len(self._body)
-            while self._got < wanted:
-                where: bytearray | memoryview = self._body if not self._got else memoryview(self._body)[self._got :]
-                count = self._socket.recv_into(where, 0, flags)
-                if not count:
-                    raise self._ended("in the middle of a message")
-                self._got += count
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if isinstance(error, DeviceGoneError | ProtocolError):
-                raise
-            raise self._broken(error) from error
-        message = Message(header, self._body, self._fds)
-        self._header, self._body, self._fds, self._got = None, bytearray(), [], 0
-        return message
-
-    def _receive_header(self, flags: int) -> bool:
-        while self._got < _HEADER_SIZE:
-            where = self._head_view[self._got :] if self._got else self._head_view
-            count, ancillary, told, _ = self._socket.recvmsg_into([where], self._room, flags)
-            if ancillary:
-                self._keep_fds(ancillary)
-            if told & _CUT or len(self._fds) > self.max_fds:
-                raise ProtocolError(
-                    f"the peer sent more than {self.max_fds} file descriptors, or this process cannot open that many",
-                    object=self._label,
-                    hint="ulimit -n says how many files a process may have open",
-                )
-            if not count:
-                raise self._ended("in the middle of a header" if self._got else "")
-            self._got += count
-        header = _FIELDS(self._head)
-        size = header[2] - _HEADER_SIZE
-        if not 0 <= size <= self.max_data + _ROOM:
-            raise ProtocolError(
-                f"the peer announces a message of {header[2]} bytes; {wire.HEADER.size} to "
-                f"{self.max_data + _ROOM + wire.HEADER.size} are possible",
-                object=self._label,
-            )
-        if header[3] & _TYPE_MASK > _REPLY:
-            raise ProtocolError(f"the peer sent a message with flags {header[3]:#x}", object=self._label)
-        self._header, self._body, self._got = header, bytearray(size), 0
-        return True
-
-    def _keep_fds(self, ancillary: list[tuple[int, int, bytes]]) -> None:
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(data[: len(data) - len(data) % _INT])
-                self._fds.extend(numbers)
-
-    def _ended(self, where: str) -> DeviceGoneError:
-        return DeviceGoneError(
-            f"the peer closed the connection{' ' + where if where else ''}",
-            errno=errno.ECONNRESET,
-            object=self._label,
-            hint="the other process ended, or gave up on this one",
-        )
-
-    def _broken(self, error: OSError) -> DeviceGoneError:
-        if error.errno in _GONE:
-            return self._ended("")
-        return DeviceGoneError(f"the socket fails: {error.strerror}", errno=error.errno, object=self._label)
-
-    # --- out ---------------------------------------------------------------------------------------------------------
+        return self.wire.receive(wait)
 
     def send(
         self,
@@ -214,64 +173,11 @@ class Channel:
         Raises:
             DeviceGoneError: the peer closed the socket.
         """
-        size = _HEADER_SIZE
-        for part in parts:
-            size += len(part)
-        head = wire.HEADER.pack(number, command, size, flags, error)
-        with self._sending:
-            if self._queue:
-                self._enqueue(b"".join((head, *parts)), fds)
-                return False
-            try:
-                done = self._sendmsg((head, *parts), fds)
-            except BlockingIOError:
-                self._enqueue(b"".join((head, *parts)), fds)
-                return False
-            if done == size:
-                return True
-            self._enqueue(b"".join((head, *parts))[done:], ())
-            return False
-
-    def _sendmsg(self, parts: Sequence[bytes | bytearray | memoryview], fds: Sequence[int]) -> int:
-        try:
-            if not fds:
-                return self._socket.send(b"".join(parts), _OUT)
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            return self._socket.sendmsg(parts, ancillary, _OUT)
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            raise self._broken(error) from error
-
-    def _enqueue(self, data: bytes, fds: Sequence[int]) -> None:
-        copies: list[int] = []
-        try:
-            for fd in fds:
-                copies.append(os.dup(fd))
-        except BaseException:
-            close_fds(copies)
-            raise
-        self._queue.append((memoryview(data), copies))
-        self.queued += len(data)
+        return self.wire.send(number, command, flags, error, parts, fds)
 
     def flush(self) -> bool:
         """Send what is queued, as far as the socket takes it; return whether nothing is left."""
-        with self._sending:
-            while self._queue:
-                data, fds = self._queue[0]
-                try:
-                    done = self._sendmsg((data,), fds)
-                except BlockingIOError:
-                    return False
-                close_fds(fds)
-                self.queued -= done
-                if done < len(data):
-                    self._queue[0] = (data[done:], fds)
-                else:
-                    self._queue.popleft()
-            return True
-
-    # --- end ---------------------------------------------------------------------------------------------------------
+        return self.wire.flush()
 
     def shut(self) -> None:
         """End the conversation, so that whoever waits in it returns; the fd stays open."""
@@ -280,9 +186,5 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket and every fd that nobody took. Idempotent."""
+        self.wire.close()
         hang_up(self._socket)
-        close_fds(self._fds)
-        with self._sending:
-            while self._queue:
-                close_fds(self._queue.popleft()[1])
-            self.queued = 0

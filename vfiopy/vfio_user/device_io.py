@@ -34,6 +34,7 @@ _MOST_WRITE: Final = 128 << 10  # libvfio-user loses the stream with what does n
 _MOST_READ: Final = 1 << 20
 _MOST_REGIONS: Final = 256
 _CONFIG: Final = int(RegionIndex.CONFIG)
+_BAR5: Final = int(RegionIndex.BAR5)
 
 
 class VfioUserDeviceIo(Resource):
@@ -62,7 +63,7 @@ class VfioUserDeviceIo(Resource):
         self, connection: Connection, name: str, *, on_reconnect: Callable[[], Connection] | None = None
     ) -> None:
         super().__init__(name)
-        self.connection = connection
+        self._use(connection)
         self._on_reconnect = on_reconnect
         self._regions = ClientRegions(name, self._request_fds)
         self._known = self._regions.known
@@ -76,6 +77,11 @@ class VfioUserDeviceIo(Resource):
         except BaseException:
             self.abandon()
             raise
+
+    def _use(self, connection: Connection) -> None:
+        self.connection = connection
+        self._read_quickly = connection.read_quickly
+        self._post_quickly = connection.post_quickly
 
     @property
     def name(self) -> str:
@@ -164,20 +170,20 @@ class VfioUserDeviceIo(Resource):
             AddressRangeError: outside of the region.
             DeviceGoneError: the device or the server does not answer.
         """
+        # The way of registers, flat because each level costs as much as the native call. It declines after close().
+        info = self._known.get(index)
+        if info is not None and 0 < size <= 8 and 0 <= offset <= info.size - size:
+            data = self._read_quickly(index, offset, size)
+            if data.__class__ is bytes:
+                return data
+            self.check_open()
+            return self.connection.read_region(index, offset, size, data)
         self._check_range(index, offset, size)
-        if size <= 8:
-            return self._read_piece(index, offset, size) if size else b""
         most = min(_MOST_READ, self.connection.peer.max_data_xfer_size)
         return b"".join(
-            self._read_piece(index, at, min(most, offset + size - at)) for at in range(offset, offset + size, most)
+            self.connection.read_region(index, at, min(most, offset + size - at))
+            for at in range(offset, offset + size, most)
         )
-
-    def _read_piece(self, index: int, offset: int, size: int) -> bytes:
-        reply = self.connection.request(Command.REGION_READ, wire.REGION_ACCESS.pack(offset, index, size))
-        if len(reply.payload) != wire.REGION_ACCESS.size + size or reply.fds:
-            close_fds(reply.fds)
-            raise self._regions.malformed(f"{len(reply.payload)} bytes for a read of {size}")
-        return bytes(memoryview(reply.payload)[wire.REGION_ACCESS.size :])
 
     def write(self, index: int, offset: int, data: bytes) -> None:
         """Write bytes. An aligned write of 1, 2, 4 or 8 bytes is one message, and posted where it can be.
@@ -187,10 +193,15 @@ class VfioUserDeviceIo(Resource):
             DeviceGoneError: the device or the server does not answer.
         """
         size = len(data)
+        if self._posting and size <= 8 and index <= _BAR5:
+            info = self._known.get(index)
+            if info is not None and 0 <= offset <= info.size - size and data.__class__ is bytes:
+                gone = self._post_quickly(index, offset, data)
+                if not gone:
+                    self.check_open()
+                    self.connection.post_write(index, offset, data, gone)
+                return
         self._check_range(index, offset, size)
-        if self._posting and size <= 8 and index <= RegionIndex.BAR5:
-            self.connection.post(Command.REGION_WRITE, wire.REGION_ACCESS.pack(offset, index, size), data)
-            return
         most = min(_MOST_WRITE, self.connection.peer.max_data_xfer_size)
         for start in range(0, size, most):
             piece = data[start : start + most]
@@ -200,7 +211,7 @@ class VfioUserDeviceIo(Resource):
         if index == _CONFIG:
             if self._power.concerned(offset, size):
                 self._look_at_power()
-        elif index <= RegionIndex.BAR5:
+        elif index <= _BAR5:
             self._posting = not self._regions.windows
 
     def _check_range(self, index: int, offset: int, size: int) -> None:
@@ -331,7 +342,7 @@ class VfioUserDeviceIo(Resource):
         self.connection.close()
         before = (self._info, {index: info.size for index, info in self._known.items()})
         self._regions.forget()
-        self.connection = self._on_reconnect()
+        self._use(self._on_reconnect())
         self._irq_infos.clear()
         self._info = self._ask_info()
         if (self._info, {index: self.region_info(index).size for index in before[1]}) != before:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from vfiopy.backend import DeviceIo, Mapper
 from vfiopy.errors import BusyError, StateError, VfioError, VfiopyError
@@ -28,6 +29,7 @@ from vfiopy.vfio_user.version import Capabilities
 __all__ = ["Server"]
 
 _LOG = logging.getLogger(__name__)
+_MOST_EVENTS: Final = 16  # of one look; room for more is made anew for each
 
 
 class Server(Resource):
@@ -145,7 +147,18 @@ class Server(Resource):
         """Do what there is to do, without waiting for anything."""
         with self._lock:
             if self._open:
-                self._do(dict(self._epoll.poll(0)))
+                self._serve(self._epoll.poll(0, _MOST_EVENTS))
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
+        """Do what epoll tells of: nearly always nothing but register accesses, and the short way for those."""
+        session = self._session
+        if session is not None and len(events) == 1 and events[0] == session.usual:
+            try:
+                if session.serve():
+                    return
+            except VfiopyError as error:
+                self._let_go(error)
+        self._do(dict(events))
 
     def _do(self, events: dict[int, int]) -> None:
         if self._bell in events:
@@ -163,10 +176,13 @@ class Server(Resource):
         try:
             return self._session.pump(ready)
         except VfiopyError as error:
-            ordinary = isinstance(error, VfioError) and error.errno == errno.ECONNRESET
-            _LOG.log(logging.INFO if ordinary else logging.WARNING, "%s: the client is let go: %s", self._label, error)
-            self._end_session(str(error))
+            self._let_go(error)
             return False
+
+    def _let_go(self, error: VfiopyError) -> None:
+        ordinary = isinstance(error, VfioError) and error.errno == errno.ECONNRESET
+        _LOG.log(logging.INFO if ordinary else logging.WARNING, "%s: the client is let go: %s", self._label, error)
+        self._end_session(str(error))
 
     def _accept(self) -> None:
         while self._listener is not None and (sock := self._listener.accept()) is not None:
@@ -220,31 +236,55 @@ class Server(Resource):
 
     def run(self) -> None:
         """Serve in this thread until :meth:`close` is called by another."""
+        poll, lock = self._epoll.poll, self._lock
         while self._open:
-            patience = self.patience
-            events = dict(self._epoll.poll(-1 if patience is None else patience))
-            with self._lock:
+            session = self._session
+            events = poll(None if session is None or session.deadline is None else self.patience, _MOST_EVENTS)
+            with lock:
                 if self._open:
-                    self._do(events)
+                    self._serve(events)
 
     async def serve(self) -> None:
         """Serve in this task until it is cancelled or :meth:`close` is called; without a thread."""
         self.check_open()
         loop = asyncio.get_running_loop()
-        event = asyncio.Event()
-        fd = self._epoll.fileno()
-        self._on_close = lambda: loop.call_soon_threadsafe(event.set)
-        loop.add_reader(fd, event.set)
-        try:
-            while self._open:
-                event.clear()
+        ended: asyncio.Future[None] = loop.create_future()
+        timer: asyncio.TimerHandle | None = None
+
+        def end(error: BaseException | None = None) -> None:
+            if ended.done():
+                return
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        def step() -> None:  # by the loop itself: to wake a task for each register access takes longer than the access
+            nonlocal timer
+            if timer is not None:
+                timer.cancel()
+                timer = None
+            try:
                 self.step()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self.patience):
-                        await event.wait()
+                patience = self.patience
+            except Exception as error:
+                end(error)
+                return
+            if patience is not None:
+                timer = loop.call_later(patience, step)
+
+        fd = self._epoll.fileno()
+        self._on_close = lambda: loop.call_soon_threadsafe(end)
+        loop.add_reader(fd, step)
+        try:
+            step()
+            if self._open:
+                await ended
         finally:
             self._on_close = None
             loop.remove_reader(fd)
+            if timer is not None:
+                timer.cancel()
 
     # --- end ---------------------------------------------------------------------------------------------------------
 

@@ -96,11 +96,18 @@ class Session:
         self._wake = wake
         self._offer = Capabilities.ours(max_dma_maps=limits.max_dma_maps)
         self._channel = Channel(sock, label, max_data=self._offer.max_data_xfer_size, max_fds=self._offer.max_msg_fds)
+        self._wire = self._channel.wire
+        self.usual = self._channel.fileno(), select.EPOLLIN
+        """What epoll says when nothing is to be done but :meth:`serve`."""
+        self._read, self._write = device.io.read, device.io.write
+        self._found: Message | None = None  # by serve()
         self._twin: Channel | None = None
         self._requests: DmaRequests | None = None
         self._backlog: deque[Message] = deque()
         self._backlog_bytes = 0
         self._unmap: _Unmap | None = None
+        self.deadline: float | None = None
+        """When :meth:`pump` is to be called at the latest, on ``time.monotonic``'s clock."""
         self._doorbells = ServedDoorbells(device.io)
         self._their_fds = 1
         self._commands: dict[int, Callable[[bytearray, list[int]], Reply]] = {
@@ -124,16 +131,39 @@ class Session:
         return found
 
     @property
-    def deadline(self) -> float | None:
-        """When :meth:`pump` is to be called at the latest, on ``time.monotonic``'s clock."""
-        return self._unmap.deadline if self._unmap else None
-
-    @property
     def negotiated(self) -> bool:
         """VERSION is done."""
         return self._requests is not None
 
     # --- the pump ----------------------------------------------------------------------------------------------------
+
+    def serve(self) -> bool:
+        """Answer register accesses, which is the usual work, natively. Return whether that was all.
+
+        Where it was not, call :meth:`pump`.
+
+        Raises:
+            DeviceGoneError: the client went.
+            ProtocolError: the client does not keep to the protocol; close the session.
+        """
+        if self._requests is None or self._unmap is not None or self._backlog or self._found is not None:
+            return False
+        found = self._wire.serve(self._read, self._write, _BATCH, _QUEUED)
+        if found is False:
+            return True
+        if found is not True:
+            self._sort(found)
+        return False
+
+    def _sort(self, found: Message | tuple[Message, BaseException]) -> None:
+        """Keep a message for the pump, or answer for a handler that failed."""
+        if isinstance(found, Message):
+            self._found = found
+            return
+        message, error = found
+        if not isinstance(error, Exception):  # KeyboardInterrupt, in a thread that has it
+            raise error
+        self._refuse(message, self._error_number(message, error))
 
     def pump(self, ready: Collection[int]) -> bool:
         """Do what can be done without waiting; return whether there may be more to do at once.
@@ -157,8 +187,9 @@ class Session:
                 continue
             if self._channel.queued > _QUEUED:
                 return False  # who does not read gets no more answers
-            message = self._channel.receive()
-            if message is None:
+            if (message := self._found) is not None:
+                self._found = None
+            elif (message := self._channel.receive()) is None:
                 return False
             self._take(message)
         return True
@@ -203,15 +234,18 @@ class Session:
         """Do what a request asks for; return the reply, if there is one now, and the error number."""
         try:
             return self._handle(message), 0
-        except VfioError as error:
+        except Exception as error:
+            return None, self._error_number(message, error)
+
+    def _error_number(self, message: Message, error: Exception) -> int:
+        if isinstance(error, VfioError):
             _LOG.debug("%s: command %d: %s", self._label, message.command, error)
-            return None, error.errno or errno.EIO
-        except ClosedError:
-            return None, errno.ENODEV
-        except Exception:
-            # A register handler is a user's code: what it raises is its client's EIO, and not the end of the server.
-            _LOG.exception("%s: command %d", self._label, message.command)
-            return None, errno.EIO
+            return error.errno or errno.EIO
+        if isinstance(error, ClosedError):
+            return errno.ENODEV
+        # A register handler is a user's code: what it raises is its client's EIO, and not the end of the server.
+        _LOG.error("%s: command %d", self._label, message.command, exc_info=error)
+        return errno.EIO
 
     def _handle(self, message: Message) -> Reply | None:
         """Return the reply, or None where it comes later or has gone already."""
@@ -285,8 +319,8 @@ class Session:
         closing, first, last = self._space.begin_unmap(message.payload)
         # The client waits for the answer to this, and may answer nothing else until it has it.
         self._requests.bar(first, last, "the client takes the memory away")
-        deadline = time.monotonic() + self._limits.unmap_timeout
-        self._unmap = _Unmap(message, closing, deadline, dirty)
+        self.deadline = time.monotonic() + self._limits.unmap_timeout
+        self._unmap = _Unmap(message, closing, self.deadline, dirty)
         self._finish_unmap()
 
     def _finish_unmap(self) -> None:
@@ -308,7 +342,7 @@ class Session:
                 error = errno.EBUSY
         except VfioError as refusal:
             error = refusal.errno or errno.EIO
-        self._unmap = None
+        self._unmap = self.deadline = None
         if self._requests is not None:
             self._requests.unbar()
         if error:
@@ -324,8 +358,8 @@ class Session:
             self._requests.close(reason)
         if self._unmap is not None:
             self._unmap.closing.give_up()
-            self._unmap = None
-        for message in self._backlog:
+            self._unmap = self.deadline = None
+        for message in (*self._backlog, *([self._found] if self._found else ())):
             close_fds(message.fds)
         self._backlog.clear()
         for channel in self._channels():
