@@ -139,3 +139,25 @@ def test_doctor(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_selftest() -> None:
     answers = [said("selftest", target) for target in ("emulated:edu", "0000:00:1d.7")]
     check_schema("selftest", *answers, keyed=("machine",), free=("results[].facts", "device"))
+
+
+RDL = str(Path(__file__).parents[2] / "examples/edu.rdl")
+
+
+def test_registers(tmp_path: Path) -> None:
+    edu = "emulated:edu"
+    check_schema("read", said("read", edu, "config", "msi.control"), said("read", edu, "bar0", "0x10"))
+    check_schema(
+        "write",
+        said("write", edu, "bar0", "0x4", "1"),
+        said("write", edu, "bar0", "status.irq_when_done", "1", "--map", RDL, "--read-back"),
+        free=("notes",),
+    )
+    by_name = said("dump", edu, "bar0", "0", "0xa0", "--map", RDL)
+    in_file = said("dump", edu, "bar0", "0", "16", "-o", str(tmp_path / "dump.bin"))
+    check_schema("dump", said("dump", edu, "bar0", "0", "16"), by_name, in_file)
+
+
+def test_watch() -> None:
+    answer = runner.invoke(app, ["watch", "emulated:edu", "config", "status", "0", "--times", "1", "--json"])
+    check_schema("watch", *(json.loads(line) for line in answer.stdout.splitlines()))

@@ -9,12 +9,18 @@ import typer
 from vfiopy import __version__
 from vfiopy.cli.bind import run_bind, run_restore, run_unbind
 from vfiopy.cli.doctor import run_doctor
+from vfiopy.cli.dump import run_dump
 from vfiopy.cli.info import run_info
 from vfiopy.cli.list import run_list
 from vfiopy.cli.new_device import run_new_device
+from vfiopy.cli.read import run_read
+from vfiopy.cli.run import run_run
 from vfiopy.cli.selftest import run_selftest
 from vfiopy.cli.serve import run_serve
+from vfiopy.cli.shell import run_shell
 from vfiopy.cli.trace import run_trace
+from vfiopy.cli.watch import run_watch
+from vfiopy.cli.write import run_write
 
 __all__ = ["app"]
 
@@ -47,6 +53,13 @@ app.command("doctor")(run_doctor)
 app.command("bind")(run_bind)
 app.command("unbind")(run_unbind)
 app.command("restore")(run_restore)
+app.command("read")(run_read)
+app.command("write")(run_write)
+app.command("dump")(run_dump)
+app.command("watch")(run_watch)
+app.command("shell")(run_shell)
+# What follows the script and the target is the script's, options too.
+app.command("run", context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(run_run)
 app.command("selftest")(run_selftest)
 app.command("serve")(run_serve)
 app.command("new-device")(run_new_device)

@@ -11,11 +11,12 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from vfiopy.errors import PciAddressError, VfiopyError
+from vfiopy.errors import AccessError, PciAddressError, RegisterMapError, RegisterNameError, VfiopyError
 from vfiopy.pci import System
 
 __all__ = ["console", "print_json", "refusals_told", "system_of"]
 
+_NONSENSE = (AccessError, PciAddressError, RegisterMapError, RegisterNameError)  # nobody can do that, ever
 _WIDE = 10_000  # columns; nobody's pipe or file folds lines
 
 
@@ -36,9 +37,9 @@ def system_of(context: typer.Context) -> System:
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Turn an error with a meaning and a hint into two lines and exit status 1, or 2 for what is no address."""
+    """Turn an error with a meaning and a hint into two lines and exit status 1, or 2 for what makes no sense."""
     try:
         yield
     except VfiopyError as error:
         typer.echo(f"vfiopy: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, PciAddressError) else 1) from None
+        raise typer.Exit(2 if isinstance(error, _NONSENSE) else 1) from None

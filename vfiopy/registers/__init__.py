@@ -2,6 +2,7 @@
 
 from vfiopy.registers.access import Access, RegisterSpace, access_of
 from vfiopy.registers.bound import Array, Field, Memory, Register, Registers
+from vfiopy.registers.config_space import config_register, config_registers
 from vfiopy.registers.peakrdl import PeakRdlCallbacks, peakrdl_async_callbacks, peakrdl_callbacks
 from vfiopy.registers.registermap import RegisterMap
 from vfiopy.registers.spec import FieldSpec, GroupSpec, MemorySpec, RegisterSpec
@@ -22,6 +23,8 @@ __all__ = [
     "RegisterSpec",
     "Registers",
     "access_of",
+    "config_register",
+    "config_registers",
     "from_systemrdl",
     "load",
     "peakrdl_async_callbacks",

@@ -167,13 +167,22 @@ class Register:
             AccessError: a field is read-only; a value does not fit; the register cannot be read without doing
                 something, or another field cannot be left as it is.
         """
-        given = self._given(fields)
         if self.spec.side_effect:
             raise AccessError(
                 f"changing a part takes a read, and {self.spec.side_effect}",
                 object=self.path,
                 hint="write all of it: write(compose(...))",
             )
+        self.merge(0, **fields)  # what cannot be is refused before anything is read
+        self.write(self.merge(self.read() if self.spec.readable else 0, **fields))
+
+    def merge(self, value: int, **fields: int | str) -> int:
+        """Return what to write to change these fields, and no other, of a value that was read. Reads nothing.
+
+        Raises:
+            RegisterNameError, AccessError: as :meth:`modify`.
+        """
+        given = self._given(fields)
         others = [one for one in self.spec.fields if one.name not in given]
         for one in others:
             if one.kept(0) is None:
@@ -182,10 +191,9 @@ class Register:
                     object=self.path,
                     hint=f"say what to write to {one.name} too, or write all of it",
                 )
-        value = self.read() if self.spec.readable else 0
-        covered = sum(one.mask for one in self.spec.fields)  # what is no field stays as it reads
+        covered = sum(one.mask for one in self.spec.fields)  # what is no field stays as it was read
         kept = sum(one.kept(value) or 0 for one in others)
-        self.write(value & ~covered | kept | sum(given.values()))
+        return value & ~covered | kept | sum(given.values())
 
     def _given(self, fields: dict[str, int | str]) -> dict[str, int]:
         encoded = {}
