@@ -31,6 +31,7 @@ def test_commands_that_the_documentation_names_exist() -> None:
     named = set()
     for page in (tree / "README.md", *(tree / "docs").glob("*.md")):
         text = page.read_text().partition("**Not yet**")[0]  # what is to come is named there
+        text = re.sub(r"^vfiopy(?= lets a)", "It", text, flags=re.MULTILINE)  # prose
         named |= set(re.findall(r"(?:`|^ *|sudo |bin/)vfiopy ([a-z-]+)", text, re.MULTILINE))
     assert {"bind", "new-device", "restore", "selftest", "serve"} <= named
     assert [name for name in sorted(named) if runner.invoke(app, [name, "--help"]).exit_code] == []
