@@ -1,4 +1,9 @@
-"""The doctor over a made-up machine: each symptom that sysfs can show, and the right cause first."""
+"""The doctor over a made-up machine: each symptom that sysfs can show, and the right cause first.
+
+tests/guest/test_doctor.py has most of them on a real kernel. What the lab cannot create is proved here alone: RMRR,
+the denylist, a function without a group, an unassigned BAR, lockdown, other page sizes, modules that are not loaded,
+variant drivers, AMD's interrupt remapping, a small cgroup.
+"""
 
 from __future__ import annotations
 
@@ -195,8 +200,14 @@ def token(kernel: FakeKernel) -> None:
 
 
 def memory_off(kernel: FakeKernel) -> None:
-    hold(kernel, "vfio/8")
+    hold(kernel, "vfio/devices/vfio0")
     (kernel.pci_devices / NIC / "config").write_bytes(MEMORY_ON[:4] + bytes(252))
+
+
+def group_alone(kernel: FakeKernel) -> None:
+    memory_off(kernel)
+    (kernel.proc / "42/fd/9").unlink()
+    (kernel.proc / "42/fd/9").symlink_to(kernel.dev / "vfio/8")
 
 
 def wide_group(kernel: FakeKernel) -> None:
@@ -245,6 +256,7 @@ SYMPTOMS: dict[str, tuple[Callable[[FakeKernel], None], str, Severity, str]] = {
     "missing cdev": (no_cdev, "character device", Severity.LIMITS, "CONFIG_VFIO_DEVICE_CDEV"),
     "no node": (no_node, "character device", Severity.BLOCKS, "stale copy"),
     "device busy": (lambda kernel: hold(kernel, "vfio/8"), "held", Severity.BLOCKS, "process 42 (qemu)"),
+    "group open, device not": (group_alone, "held", Severity.BLOCKS, "vfio/8"),
     "sibling busy": (sibling_held, "held", Severity.BLOCKS, "vfio1"),
     "noiommu without rights": (without_iommu, "no IOMMU", Severity.BLOCKS, "CAP_SYS_RAWIO: no"),
     "token": (token, "token", Severity.NOTE, "0000:03:00.0 is bound to vfio-pci"),

@@ -102,6 +102,13 @@ _ALL = [
         serves=(Served("edu"),),
     ),
     Machine(
+        "no-remapping",
+        "as intel, without interrupt remapping",
+        iommu="-device intel-iommu,intremap=off,caching-mode=on",
+        cmdline=f"intel_iommu=on iommu.strict=1 {HUGEPAGES}",
+        nightly=True,
+    ),
+    Machine(
         "compat",
         "as intel, kernel whose /dev/vfio/vfio is served by iommufd",
         board=SPLIT,

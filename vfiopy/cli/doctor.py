@@ -9,6 +9,7 @@ from uuid import UUID
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from vfiopy.cli.common import console, print_json, refusals_told, system_of
@@ -112,7 +113,7 @@ def _explain(text: str, as_json: bool) -> None:
         for one in found:
             screen.print(Text.assemble((f"{one.about} {one.errno}".strip(), "bold"), f": {one.cause}"))
             if one.remedy:
-                screen.print(Text.assemble(("   remedy:   ", "dim"), one.remedy))
+                _hang(screen, "   remedy:   ", one.remedy)
         if not found:
             screen.print("nothing is known about that: name the errno, and the ioctl or the node")
     raise typer.Exit(0 if found else 1)
@@ -139,11 +140,20 @@ def _as_dict(report: Report) -> dict[str, Any]:
     }
 
 
+def _hang(screen: Console, label: str, text: str) -> None:
+    """A label, and a text that folds to the right of it."""
+    grid = Table.grid()
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row(label, Text(text))
+    screen.print(grid)
+
+
 def _print_fixes(screen: Console, fixes: list[Fix]) -> None:
     for one in fixes:
         colour = "green" if one.outcome == "done" else "bold red" if one.outcome.startswith("failed") else "cyan"
         screen.print(Text.assemble((one.outcome, colour), f"  {one.object}: ", (one.action, "bold")))
-        screen.print(Text.assemble(("   undo:     ", "dim"), one.undo))
+        _hang(screen, "   undo:     ", one.undo)
 
 
 def _print(screen: Console, report: Report) -> None:
@@ -157,8 +167,8 @@ def _print(screen: Console, report: Report) -> None:
                 (problem.cause, "bold"),
             )
         )
-        screen.print(Text.assemble(("   evidence: ", "dim"), problem.evidence))
-        screen.print(Text.assemble(("   remedy:   ", "dim"), problem.remedy))
+        _hang(screen, "   evidence: ", problem.evidence)
+        _hang(screen, "   remedy:   ", problem.remedy)
     for where, name, reason in report.skipped:
         screen.print(Text(f"not checked: {where}, {name}: {reason}", style="dim"))
     verdict = "nothing keeps it from being used" if report.ok else "fix the first one first"

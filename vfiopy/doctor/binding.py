@@ -130,11 +130,12 @@ def _not_bound(one: Function) -> Iterator[Problem]:
     if one.is_vfio or one.header_type:
         return
     driver = one.driver
+    others = [other for other in one.group_blockers() if other != one and not other.is_bridge]
     yield Problem(
         Severity.BLOCKS,
         f"the driver {driver} holds it" if driver else "no driver holds it",
         f"{one.sysfs}/driver " + (f"is {driver}" if driver else "is missing"),
-        f"vfiopy bind {one}",
+        f"vfiopy bind {'--group ' if others else ''}{one}",
     )
 
 
