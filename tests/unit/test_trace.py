@@ -475,6 +475,16 @@ def test_contents(local: vfiopy.Device) -> None:
     assert [event.kind for event in sink.events][-3:] == ["write", "memory", "unmap"]
 
 
+def test_other_memory_at_the_same_place_is_recorded_anew(local: vfiopy.Device) -> None:
+    sink = Collect()
+    with tracing(local, sink, contents=True):
+        for _ in range(2):
+            with local.dma.allocate(4096, iova=0x5000) as buffer:
+                buffer[0] = 7
+                local.bars[0].write32(4, 1)
+    assert [event.facts["when"] for event in of_kind(sink, "memory")] == ["write", "write"]
+
+
 # --- vectors ---
 
 

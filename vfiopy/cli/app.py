@@ -14,6 +14,7 @@ from vfiopy.cli.info import run_info
 from vfiopy.cli.list import run_list
 from vfiopy.cli.new_device import run_new_device
 from vfiopy.cli.read import run_read
+from vfiopy.cli.replay import run_replay
 from vfiopy.cli.run import run_run
 from vfiopy.cli.selftest import run_selftest
 from vfiopy.cli.serve import run_serve
@@ -64,3 +65,4 @@ app.command("selftest")(run_selftest)
 app.command("serve")(run_serve)
 app.command("new-device")(run_new_device)
 app.command("trace", context_settings={"allow_interspersed_args": False})(run_trace)
+app.command("replay")(run_replay)

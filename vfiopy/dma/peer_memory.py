@@ -47,7 +47,7 @@ class PeerMemory(Resource, SpaceBase):
     ) -> Mapping:
         if not self._observers:
             return self._map_now(ready, rights, iova, limit, alignment, transient=transient)
-        facts: dict[str, object] = {"size": ready.size, "prot": rights, "memory": ready}
+        facts: dict[str, object] = {"size": ready.size, "prot": rights, "memory": ready, "limit": limit}
         try:
             mapping = self._map_now(ready, rights, iova, limit, alignment, transient=transient)
         except BaseException as error:
@@ -182,7 +182,8 @@ class PeerMemory(Resource, SpaceBase):
                     self.mappers[0].unmap(reserved.iova, window.size)
                 raise
             mapping = Mapping(self, reserved.iova, window.size, 0, prot, serial)
-        self._tell("map", {"iova": mapping.iova, "size": mapping.size, "prot": prot, "memory": window})
+        facts = {"iova": mapping.iova, "size": mapping.size, "prot": prot, "memory": window, "limit": ANY_IOVA}
+        self._tell("map", facts)
         return mapping
 
     def restore(self, mapping: Mapping) -> None:

@@ -146,10 +146,12 @@ class DeviceWatch:
         elif kind == "config":
             self._config(facts)
         elif kind == "map":
-            rest = {"prot": _rights(facts["prot"]), "memory": MemoryKind(facts["memory"].kind).name.lower()}
+            kind_of_memory = MemoryKind(facts["memory"].kind).name.lower()
+            rest = {"prot": _rights(facts["prot"]), "memory": kind_of_memory, "limit": facts["limit"]}
             self._add("map", facts={"iova": facts["iova"], "size": facts["size"], **rest})
         elif kind == "unmap":
             self._add("unmap", facts={"iova": facts["iova"], "size": facts["size"], "bytes": facts["count"]})
+            self._forget_memory(facts["iova"], facts["size"] or facts["count"])
         elif kind != "irq" or self._selection.has("irq"):
             self._add(kind, facts=facts)
         if kind == "close":
@@ -158,7 +160,8 @@ class DeviceWatch:
     def _failed(self, kind: str, facts: Mapping[str, Any], error: BaseException) -> None:
         if kind in ("irq", "config") and not self._selection.has(kind):
             return
-        plain = {key: value for key, value in facts.items() if isinstance(value, int | str) and key != "prot"}
+        names = ("operation", "iova", "size", "offset", "interrupt", "vector")
+        plain = {name: facts[name] for name in names if name in facts}
         operation = f"{kind} {plain.pop('operation')}" if "operation" in plain else kind
         self._add("error", facts={"operation": operation, **plain, **describe_error(error)})
 
@@ -176,24 +179,26 @@ class DeviceWatch:
 
     # --- memory --------------------------------------------------------------------------------------------------
 
+    def _forget_memory(self, iova: int, size: int) -> None:
+        """What comes to these IOVAs next is other memory."""
+        if self._contents:
+            for page in [page for page in self._contents if iova <= page < iova + size]:
+                del self._contents[page]
+
     def save_memory(self, when: str) -> None:
         """Record the pages of mapped memory that changed since the last time."""
         space = self._space()
         if self._contents is None or space is None:
             return
-        seen: set[int] = set()
         for found in space.book.mappings():
             if found.kind not in (MemoryKind.HOST, MemoryKind.FILE) or not found.address or found.state != STATE_LIVE:
                 continue
             data = ctypes.string_at(found.address, found.size)
-            seen |= set(range(found.iova, found.iova + found.size, _PAGE))
             for at in range(0, found.size, _PAGE):
                 page, before = data[at : at + _PAGE], self._contents.get(found.iova + at)
                 if page != (bytes(len(page)) if before is None else before):
                     self._contents[found.iova + at] = page
                     self._add("memory", facts={"iova": found.iova + at, "when": when, "data": page.hex()})
-        for gone in self._contents.keys() - seen:
-            del self._contents[gone]
 
 
 class RegionReport:
