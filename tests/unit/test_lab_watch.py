@@ -64,6 +64,14 @@ def test_much_output_arrives_whole(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert capfd.readouterr().out.splitlines() == [str(number) for number in range(1, 200001)]
 
 
+def test_a_qemu_that_says_much_is_not_stopped_by_it(tmp_path: Path) -> None:
+    script = "echo start >&$ctl; seq 200000; echo exit 0 >&$ctl; exec sleep 60"  # far more than a pipe takes
+    assert follow(script, tmp_path).code == 0
+    outcome = follow("echo start >&$ctl; seq 200000; echo the reason", tmp_path)
+    assert outcome.problem.startswith("the guest ended by itself during the job; QEMU said: ")
+    assert outcome.problem.endswith("; 200000; the reason")
+
+
 def test_silence_is_cut_off_and_the_console_is_shown(tmp_path: Path) -> None:
     outcome = follow("echo start >&$ctl; echo last words >&$console; exec sleep 60", tmp_path, idle=1.0)
     assert outcome.code == HUNG

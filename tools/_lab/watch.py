@@ -26,6 +26,8 @@ BOOT_FAILED = 125
 BOOT_SECONDS = 120.0
 STACKS_SECONDS = 5.0
 ESCAPE = b"\x1d"  # Ctrl-]
+QEMU = "qemu"
+MOST_SAID = 4096  # bytes
 
 
 @dataclasses.dataclass
@@ -95,6 +97,7 @@ class Watch:
         self._stacks_seconds = stacks_seconds
         self._outcome = Outcome()
         self._ctl = b""
+        self._said = b""
         self._selector = selectors.DefaultSelector()
 
     def follow(self, timeout: float, idle: float) -> Outcome:
@@ -103,6 +106,8 @@ class Watch:
             for name, end in self._ends.items():
                 end.setblocking(False)
                 self._selector.register(end, selectors.EVENT_READ, name)
+            if self._process.stdout is not None:  # a QEMU that finds this pipe full stops its guest
+                self._selector.register(self._process.stdout, selectors.EVENT_READ, QEMU)
             if "tty" not in self._ends:
                 self._loop(timeout, idle, raw=False)
             else:
@@ -121,7 +126,7 @@ class Watch:
             events = self._selector.select(1.0)
             now = time.monotonic()
             for key, _ in events:
-                if self._receive(key.data, raw=raw) and key.data != "console":
+                if self._receive(key.data, raw=raw) and key.data not in ("console", QEMU):
                     heard = now
             if outcome.booted and not outcome.boot_seconds:
                 outcome.boot_seconds, started, heard = now - started, now, now
@@ -145,6 +150,8 @@ class Watch:
         """Handle what one port has; False at its end or if there was nothing."""
         if name == "stdin":
             return self._type(raw=raw)
+        if name == QEMU:
+            return self._listen()
         try:
             data = self._ends[name].recv(65536)
         except (BlockingIOError, ConnectionResetError):
@@ -161,6 +168,15 @@ class Watch:
         elif name == "err":
             _write(2, data)
         return True
+
+    def _listen(self) -> bool:
+        """Take what QEMU itself says, which may be very much, and keep the end of it."""
+        assert self._process.stdout is not None
+        data = os.read(self._process.stdout.fileno(), 65536)
+        if not data:
+            self._selector.unregister(self._process.stdout)
+        self._said = (self._said + data)[-MOST_SAID:]
+        return bool(data)
 
     def _type(self, *, raw: bool) -> bool:
         """Pass on what the user types."""
@@ -210,11 +226,11 @@ class Watch:
     def _end(self, why: str) -> None:
         self._outcome.problem = why
         self._process.kill()
-        output = self._process.stdout.read().decode(errors="replace") if self._process.stdout else ""
-        said = [line for line in output.splitlines() if line.strip() and ": warning: " not in line]
+        self._drain(0.3)
+        lines = self._said.decode(errors="replace").splitlines()
+        said = [line for line in lines if line.strip() and ": warning: " not in line]
         if said:
             self._outcome.problem += f"; QEMU said: {'; '.join(said)}"
-        self._drain(0.3)
         self._outcome.tail = list(self._console.tail)
 
 
