@@ -16,6 +16,7 @@ BENCHMARKS = {
     "iova": "tools._bench.iova",
     "vfio_user": "tools._bench.vfio_user",
     "p2p": "tools._bench.p2p",
+    "nvme": "tools._bench.nvme",
 }
 
 
