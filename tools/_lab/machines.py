@@ -93,13 +93,13 @@ _ALL = [
     ),
     Machine(
         "vfio-user",
-        "as intel, and an edu that vfiopy serves on the host, at 0000:00:10.0",
+        "as intel, and an edu and an NVMe disk that vfiopy serves on the host, at 0000:00:10.0 and 0000:00:11.0",
         board=SPLIT,
         iommu=INTEL,
         cmdline=f"intel_iommu=on,sm_on iommu.strict=1 {HUGEPAGES}",
         memory=SHARED_MEMORY,
         devices=DEVICES + SPARE_PORT,
-        serves=(Served("edu"),),
+        serves=(Served("edu"), Served("nvme", image=256 << 20)),
     ),
     Machine(
         "no-remapping",
