@@ -12,8 +12,12 @@ import pytest
 from ways import opened
 
 from vfiopy.drivers import nvme
+from vfiopy.drivers.nvme import commands
+from vfiopy.drivers.nvme.rings import Completion, CompletionRing
 from vfiopy.emulated import Nvme
+from vfiopy.nvme_spec import registers as reg
 from vfiopy.nvme_spec.status import Code
+from vfiopy.nvme_spec.structures import CQE, SQE
 
 
 def noise(size: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -44,3 +48,66 @@ def refused(controller: nvme.Controller, command: nvme.Command, data: Any = None
         queue.execute(command, data)
     status = caught.value.status
     return Code(status.sct << 8 | status.sc)
+
+
+class RawQueue:
+    """An I/O queue pair of a controller, without the driver's care: entries and doorbells by hand, no interrupts."""
+
+    def __init__(self, controller: nvme.Controller, number: int = 2, depth: int = 16) -> None:
+        self.controller, self.number, self.depth = controller, number, depth
+        self._registers = controller.device.bars[0]
+        self._stride = controller.capabilities.doorbell_stride
+        self.sq = controller.device.dma.allocate(depth, SQE, alignment=4096)
+        self.cq = controller.device.dma.allocate(depth, CQE, alignment=4096)
+        controller.admin.execute(commands.create_cq(number, depth, self.cq.iova, None))
+        controller.admin.execute(commands.create_sq(number, depth, self.sq.iova, number))
+        self.tail, self.completions = 0, CompletionRing(self.cq, f"raw queue {number}")
+
+    def put(self, **fields: Any) -> int:
+        """Write an entry; its identifier is its place. Return the new tail."""
+        entry = np.zeros(1, SQE)
+        entry["cid"] = self.tail
+        for name, value in fields.items():
+            entry[name] = value
+        self.sq[self.tail] = entry[0]
+        self.tail = (self.tail + 1) % self.depth
+        return self.tail
+
+    def ring(self, tail: int | None = None) -> None:
+        self._registers.write32(
+            reg.doorbell(self.number, self._stride, completion=False), self.tail if tail is None else tail
+        )
+
+    def take(self) -> None:
+        """Say what was taken."""
+        self._registers.write32(reg.doorbell(self.number, self._stride, completion=True), self.completions.head)
+
+    def wait(self) -> Completion:
+        assert self.completions.poll(5.0), "no completion came"
+        found = self.completions.take()
+        assert found is not None
+        return found
+
+    def run(self, **fields: Any) -> int:
+        """One command; its status as in :class:`Code`."""
+        self.put(**fields)
+        self.ring()
+        found = self.wait()
+        self.take()
+        return found.status >> 1 & 0x7FF
+
+    def close(self) -> None:
+        self.controller.admin.execute(commands.delete_sq(self.number))
+        self.controller.admin.execute(commands.delete_cq(self.number))
+        self.completions.close()
+        self.sq.free()
+        self.cq.free()
+
+
+@contextmanager
+def raw_queue(controller: nvme.Controller, number: int = 2, depth: int = 16) -> Iterator[RawQueue]:
+    queue = RawQueue(controller, number, depth)
+    try:
+        yield queue
+    finally:
+        queue.close()

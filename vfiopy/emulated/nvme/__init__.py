@@ -9,14 +9,17 @@
         ...
     disk.close()
 
-The rooms: ``device`` has the registers and the order of things; ``queues``, ``memory``, ``data`` and ``prp`` are how
-commands and their data travel; ``admin`` with ``identify``, ``features``, ``logs`` and ``events``, and ``io`` with
-``namespace`` and ``backing``, are the commands; ``settings`` and ``properties`` say what the controller is.
+The rooms: ``device`` has the registers and the order of things, ``execution`` and ``injection`` what becomes of a
+command; ``queues``, ``shadow``, ``memory``, ``data``, ``prp`` and ``sgl`` are how commands and their data travel,
+``interrupts`` how the host hears of their end; ``admin`` with ``identify``, ``features``, ``logs``, ``events`` and
+``health``, and ``io`` with ``namespace`` and ``backing``, are the commands; ``settings``, ``properties`` and
+``function`` say what the controller is.
 """
 
 from vfiopy.emulated.nvme.backing import Backing
 from vfiopy.emulated.nvme.device import Nvme
+from vfiopy.emulated.nvme.injection import NvmeInjections, Rule
 from vfiopy.emulated.nvme.namespace import Namespace
 from vfiopy.emulated.nvme.settings import Settings
 
-__all__ = ["Backing", "Namespace", "Nvme", "Settings"]
+__all__ = ["Backing", "Namespace", "Nvme", "NvmeInjections", "Rule", "Settings"]

@@ -12,6 +12,7 @@ from vfiopy.emulated.nvme.features import TIMESTAMP_SIZE, Features
 from vfiopy.emulated.nvme.identify import Identify
 from vfiopy.emulated.nvme.logs import Logs
 from vfiopy.emulated.nvme.queues import Queues, SubmissionQueue
+from vfiopy.emulated.nvme.shadow import ShadowDoorbells
 from vfiopy.nvme_spec.opcodes import AdminOpcode, Feature, LogPage
 from vfiopy.nvme_spec.status import Code
 
@@ -28,7 +29,7 @@ class AdminCommands:
 
     Args:
         data: finds a command's data.
-        queues, identify, features, logs, events: what the commands are about.
+        queues, identify, features, logs, events, shadow: what the commands are about.
         drop: called with a submission queue that is deleted: its commands that are under way end.
         withdraw: Abort: called with (queue, command identifier); whether there was such a command.
         health_changed: called where a feature may have made a warning of the temperature.
@@ -42,6 +43,7 @@ class AdminCommands:
         features: Features,
         logs: Logs,
         events: Events,
+        shadow: ShadowDoorbells,
         *,
         drop: Callable[[SubmissionQueue], None],
         withdraw: Callable[[int, int], bool],
@@ -53,6 +55,7 @@ class AdminCommands:
         self._features = features
         self._logs = logs
         self._events = events
+        self._shadow = shadow
         self._drop = drop
         self._withdraw = withdraw
         self._health_changed = health_changed
@@ -67,6 +70,7 @@ class AdminCommands:
             AdminOpcode.SET_FEATURES: self._set_features,
             AdminOpcode.GET_FEATURES: self._get_features,
             AdminOpcode.ASYNC_EVENT_REQUEST: self._request_event,
+            AdminOpcode.DOORBELL_BUFFER_CONFIG: self._configure_doorbells,
         }
 
     def execute(self, command: Command) -> int | None:
@@ -85,10 +89,12 @@ class AdminCommands:
 
     def _create_cq(self, command: Command) -> int:
         self._queues.create_cq(command, self._features.vectors)
+        self._shadow.begin(command.cdw10 & 0xFFFF, completion=True)
         return 0
 
     def _create_sq(self, command: Command) -> int:
         self._queues.create_sq(command)
+        self._shadow.begin(command.cdw10 & 0xFFFF, completion=False)
         return 0
 
     def _delete_sq(self, command: Command) -> int:
@@ -97,6 +103,10 @@ class AdminCommands:
 
     def _delete_cq(self, command: Command) -> int:
         self._queues.delete_cq(command)
+        return 0
+
+    def _configure_doorbells(self, command: Command) -> int:
+        self._shadow.configure(command, self._queues)
         return 0
 
     def _abort(self, command: Command) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import struct
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import suppress
 from typing import Any, Final
 
 from vfiopy.emulated.config_space import Identity
@@ -13,28 +12,30 @@ from vfiopy.emulated.nvme.admin import AdminCommands
 from vfiopy.emulated.nvme.command import ENTRY, Command, RefusedError
 from vfiopy.emulated.nvme.data import Data
 from vfiopy.emulated.nvme.events import Events
+from vfiopy.emulated.nvme.execution import Execution
 from vfiopy.emulated.nvme.features import Features
 from vfiopy.emulated.nvme.function import BUFFER_BAR, bars_of, capabilities_of
+from vfiopy.emulated.nvme.health import Health
 from vfiopy.emulated.nvme.identify import Identify
+from vfiopy.emulated.nvme.injection import NvmeInjections
+from vfiopy.emulated.nvme.interrupts import Interrupts
 from vfiopy.emulated.nvme.io import IoCommands
-from vfiopy.emulated.nvme.logs import ErrorEntry, Logs
+from vfiopy.emulated.nvme.logs import Logs
 from vfiopy.emulated.nvme.memory import Memory
-from vfiopy.emulated.nvme.namespace import Namespace
+from vfiopy.emulated.nvme.namespace import Namespace, numbered
 from vfiopy.emulated.nvme.properties import Properties
 from vfiopy.emulated.nvme.queues import CompletionQueue, Queues, SubmissionQueue
 from vfiopy.emulated.nvme.settings import Settings
+from vfiopy.emulated.nvme.sgl import SUPPORT
+from vfiopy.emulated.nvme.shadow import OACS, ShadowDoorbells
 from vfiopy.emulated.pci_device import PciDevice
 from vfiopy.errors import NotMappedError
 from vfiopy.nvme_spec import registers as reg
-from vfiopy.nvme_spec.status import Code
 
 __all__ = ["Nvme"]
 
-_COMPLETION: Final = struct.Struct("<IIHHHH")
 _BURST: Final = 8  # commands of one queue before the next one's turn: accesses to registers come in between, too
-_MORE, _DNR = 1 << 14, 1 << 15
-_NO_LOCATION: Final = 0xFFFF
-_QUIET: Final = (Code.ABORT_REQUESTED, Code.ABORTED_SQ_DELETION)  # no errors of a command's own
+_NAMESPACE_NOTICES: Final = 1 << 8
 
 
 class Nvme(PciDevice):
@@ -50,10 +51,16 @@ class Nvme(PciDevice):
         delay: shortest and longest time in seconds that a command takes. Above 0, commands complete out of order.
         settings: what else there is to choose: see :class:`Settings`.
 
+    Attributes:
+        namespaces: the active ones, by identifier.
+        inject: what is to go wrong: counters, and rules about commands: see :class:`NvmeInjections`.
+        logs: counters and health; change them with :meth:`set_health`.
+
     Raises:
         ValueError: a setting out of its range, or a namespace identifier.
     """
 
+    inject: NvmeInjections
     name = "nvme"
     identity = Identity(
         vendor=0x1234,
@@ -79,27 +86,44 @@ class Nvme(PciDevice):
         self.capabilities = capabilities_of(chosen)
         self.interrupt_pin = chosen.interrupt_pin
         super().__init__(seed=seed, delay=delay, manual=manual)
-        self.namespaces = _numbered(namespaces, chosen)
+        self.inject = NvmeInjections()
+        self.namespaces = numbered(namespaces, chosen)
         self.registers = Properties(chosen)
         self.queues = Queues(chosen.queues, chosen.entries)
         self.features = Features(chosen, self.queues)
         self.logs = Logs(self.features, chosen.firmware, self._all_read_only)
         self.events = Events(chosen.event_requests, self._complete_event)
-        buffer = self.memories[BUFFER_BAR].view if chosen.memory_buffer else None
-        self._memory = Memory(self, buffer)
-        self._data = Data(self._memory, 4096 << chosen.mdts if chosen.mdts else 0)
-        self._io = IoCommands(self._data, self.namespaces, self.features, self.logs, self.waiting)
+        self._health = Health(self.logs, self.features, self.events)
+        self._interrupts = Interrupts(self, chosen.vectors, self.registers, self.queues, self.features)
+        self._memory = Memory(self, self.memories[BUFFER_BAR].view if chosen.memory_buffer else None)
+        self._shadow = ShadowDoorbells(self._memory, 4 << chosen.stride)
+        limit = 4096 << chosen.mdts if chosen.mdts else 0
+        self._admin_data = Data(self._memory, limit, sgls=False)
+        self._io_data = Data(self._memory, limit, sgls=True)
+        self._io = IoCommands(self._io_data, self.namespaces, self.features, self.logs, self.waiting)
+        self._execution = Execution(
+            self,
+            self.inject,
+            self.queues,
+            self.logs,
+            self.events,
+            admin=self._execute_admin,
+            io=self._io.execute,
+            settle=self._settle,
+            fail=self.fail,
+        )
         vendors = (self.identity.vendor, self.identity.subsystem_vendor)
         self._admin = AdminCommands(
-            self._data,
+            self._admin_data,
             self.queues,
-            Identify(chosen, vendors, self.namespaces),
+            Identify(chosen, vendors, self.namespaces, sgls=SUPPORT, oacs=OACS),
             self.features,
             self.logs,
             self.events,
-            drop=self._drop,
-            withdraw=self._withdraw,
-            health_changed=self._look_at_health,
+            self._shadow,
+            drop=self._execution.drop,
+            withdraw=self._execution.withdraw,
+            health_changed=self._health.look,
         )
         self._scheduled = False
         self._shut = True
@@ -118,7 +142,9 @@ class Nvme(PciDevice):
         self.queues.clear()
         self.events.reset()
         self.features.reset()
-        self.deassert()
+        self._interrupts.reset()
+        self._shadow.reset()
+        self._health.reset()
 
     def unplug(self) -> None:
         """Power off."""
@@ -139,6 +165,42 @@ class Nvme(PciDevice):
             except (RefusedError, OSError) as error:
                 self.record_error(f"{namespace.backing.name} could not be put on the disk: {error}", error)
             namespace.close()
+
+    # --- what happens to it by itself ----------------------------------------------------------------------------
+
+    def set_health(
+        self,
+        *,
+        temperature: int | None = None,
+        spare: int | None = None,
+        used: int | None = None,
+        reliability_degraded: bool | None = None,
+    ) -> None:
+        """Change what the SMART log says, and tell the host if it wants to know (Asynchronous Event Configuration).
+
+        Args:
+            temperature: composite, kelvin.
+            spare, used: percent; below 10 spare is a warning.
+            reliability_degraded: bit 2 of the critical warning.
+        """
+        with self.lock:
+            self._health.change(temperature, spare, used, reliability_degraded)
+
+    def set_namespace(self, nsid: int, namespace: Namespace | None) -> None:
+        """Add or replace a namespace, or take it away with None: the old one is the caller's to close.
+
+        Raises:
+            ValueError: no identifier of this controller's.
+        """
+        with self.lock:
+            if namespace is None:
+                self.namespaces.pop(nsid, None)
+            else:
+                self.namespaces.update(numbered({nsid: namespace}, self.settings))
+            if nsid not in self.logs.changed:
+                self.logs.changed.append(nsid)
+            if self.features.event_mask & _NAMESPACE_NOTICES:
+                self.events.namespace_changed()
 
     def _all_read_only(self) -> bool:
         return bool(self.namespaces) and all(one.read_only for one in self.namespaces.values())
@@ -165,10 +227,7 @@ class Nvme(PciDevice):
             case reg.CC:
                 self._configure(value)
             case reg.INTMS | reg.INTMC:
-                self.registers.mask_interrupts(value, clear=offset == reg.INTMC)
-                self._update_line()
-                if offset == reg.INTMC:
-                    self._send_held(value)
+                self._interrupts.write_mask(value, clear=offset == reg.INTMC)
             case reg.AQA | reg.ASQ | reg.ACQ | 0x2C | 0x34:
                 if self.registers.control & reg.CC_EN:
                     self.record_error(f"admin queue register {offset:#x} was written while the controller was enabled")
@@ -195,10 +254,10 @@ class Nvme(PciDevice):
         registers = self.registers
         complaint = registers.complaint()
         if complaint:
-            self._fail(complaint)
+            self.fail(complaint)
             return
         self._stop()
-        self.queues.page = self._data.page = registers.page
+        self.queues.page = self._admin_data.page = self._io_data.page = registers.page
         self.queues.make_admin(registers.wide(reg.ASQ), registers.wide(reg.ACQ), registers.words.get(reg.AQA, 0))
         if self._shut:
             self.logs.power_cycles += 1
@@ -212,15 +271,17 @@ class Nvme(PciDevice):
     def _shut_down(self) -> None:
         """Put caches on the disk (Base 2.0, 3.6.1)."""
         with self.waiting():
-            for namespace in self.namespaces.values():
-                namespace.sync()
+            for namespace in list(self.namespaces.values()):
+                with suppress(RefusedError):  # a shutdown has no status to say so
+                    namespace.sync()
         self._shut = True
         self.registers.status = self.registers.status & ~reg.CSTS_SHST_MASK | reg.CSTS_SHST_DONE
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """Report a fatal error, and do nothing more until a reset (CSTS.CFS, 3.1.3.6)."""
-        self.record_error(f"controller fatal status: {reason}")
-        self.registers.status |= reg.CSTS_CFS
+        with self.lock:
+            self.record_error(f"controller fatal status: {reason}")
+            self.registers.status |= reg.CSTS_CFS
 
     @property
     def _works(self) -> bool:
@@ -234,22 +295,21 @@ class Nvme(PciDevice):
             return
         index, rest = divmod(offset, 4 << self.settings.stride)
         number, is_head = divmod(index, 2)
-        sq = self.queues.submissions.get(number) if not is_head else None
-        cq = self.queues.completions.get(number) if is_head else None
-        if rest or (sq is None and cq is None):
+        queue = (self.queues.completions if is_head else self.queues.submissions).get(number)
+        if rest or queue is None:
             self.record_error(f"doorbell {offset:#x} was written, and there is no such queue")
             self.events.invalid_doorbell(value=False)
-        elif sq is not None and value < sq.entries and 0 < (value - sq.tail) % sq.entries < sq.entries - sq.pending:
-            sq.tail = value
-            self._schedule()
-        elif cq is not None and value < cq.entries and 0 < (value - cq.head) % cq.entries <= _taken_at_most(cq):
-            cq.head = value
-            if cq.backlog:
-                self._schedule()
-            self._update_line()
-        else:
+        elif value < queue.entries and self._shadow.on and number:
+            self._schedule()  # the shadow may be ahead of the register, and says it all
+        elif not queue.take(value):
             self.record_error(f"{value} was written to doorbell {offset:#x}, which is out of place")
             self.events.invalid_doorbell(value=True)
+        elif not is_head:
+            self._schedule()
+        else:
+            self._interrupts.update_line()
+            if self.queues.completions[number].stalls:
+                self._schedule()
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -263,177 +323,63 @@ class Nvme(PciDevice):
         self._scheduled = False
         try:
             for cq in list(self.queues.completions.values()):
-                if cq.backlog:
-                    self._post(cq)
+                self._post(cq)
             more = False
             for sq in list(self.queues.submissions.values()):
+                if self._works and not self._shadow.look(sq):
+                    self.events.invalid_doorbell(value=True)
                 if sq.head != sq.tail and self._works:
                     more |= self._serve_queue(sq)
         except (NotMappedError, RefusedError) as error:
-            self._fail(f"a queue is out of reach: {error}")
+            self.fail(f"a queue is out of reach: {error}")
             return
         if more and self._works:
             self._schedule()
+        self._interrupts.update_line()
 
     def _serve_queue(self, sq: SubmissionQueue) -> bool:
         """Fetch and execute; whether there is more to do."""
-        cq = sq.cq
-        if len(cq.backlog) >= cq.entries:
+        if sq.cq.full:
+            sq.cq.stalls = True
             return False  # the host's turn: it takes completions and rings
         entries = sq.peek(self._memory, _BURST)
         for start in range(0, len(entries), ENTRY.size):
-            command = Command._make(ENTRY.unpack_from(entries, start))
             sq.head = (sq.head + 1) % sq.entries
-            self._begin(sq, command)
+            self._execution.begin(sq, Command._make(ENTRY.unpack_from(entries, start)))
             if not self._works or self.queues.submissions.get(sq.number) is not sq:
                 break
-        self._post(cq)
-        return sq.head != sq.tail
-
-    def _begin(self, sq: SubmissionQueue, command: Command) -> None:
-        if not self.delay[1]:
-            self._execute(sq, command)
-        elif command.cid in sq.under_way:
-            self._complete(sq, command, 0, RefusedError(Code.ID_CONFLICT, 2))
-        else:
-            sq.under_way[command.cid] = command
-            self.later(partial(self._finish, sq, command))
-
-    def _finish(self, sq: SubmissionQueue, command: Command) -> None:
-        """Execute a command whose time has come, if nobody aborted it meanwhile."""
-        if sq.under_way.get(command.cid) is not command or not self._works:
-            return
-        del sq.under_way[command.cid]
-        try:
-            self._execute(sq, command)
-            self._post(sq.cq)
-        except (NotMappedError, RefusedError) as error:
-            self._fail(f"a queue is out of reach: {error}")
-
-    def _execute(self, sq: SubmissionQueue, command: Command) -> None:
-        refusal = None
-        result: int | None = 0
-        try:
-            if command.flags & 3:
-                raise RefusedError.field(1)  # fused commands
-            result = self._io.execute(command) if sq.number else self._execute_admin(command)
-        except RefusedError as refused:
-            refusal = refused
-        except NotMappedError:
-            refusal = RefusedError(Code.DATA_TRANSFER_ERROR, retry=True)
-        if result is not None:
-            self._complete(sq, command, result, refusal)
+        self._post(sq.cq)
+        return sq.head != sq.tail or (self.queues.submissions.get(sq.number) is sq and self._shadow.rest(sq))
 
     def _execute_admin(self, command: Command) -> int | None:
-        self.features.vectors = self._vectors()
+        self.features.vectors = self._interrupts.vectors
         self.queues.entry_sizes_set = self.registers.entry_sizes_set
         return self._admin.execute(command)
 
     # --- completions ---------------------------------------------------------------------------------------------
 
-    def _complete(
-        self, sq: SubmissionQueue, command: Command, result: int, refusal: RefusedError | None = None
-    ) -> None:
-        """Put a completion into its queue's backlog."""
-        status = 0
-        if refusal is not None:
-            status = refusal.code << 1 | (0 if refusal.retry else _DNR)
-            if refusal.code not in _QUIET:
-                status |= _MORE
-                self._log_error(sq, command, status, refusal)
-        sq.cq.backlog.append(_COMPLETION.pack(result, 0, sq.head, sq.number, command.cid, status))
-
-    def _log_error(self, sq: SubmissionQueue, command: Command, status: int, refusal: RefusedError) -> None:
-        location = _NO_LOCATION if refusal.at is None else refusal.at
-        if refusal.code >> 8 == 2:
-            self.logs.media_errors += 1
-        self.logs.record(ErrorEntry(sq.number, command.cid, status, location, refusal.lba, command.nsid))
-
     def _complete_event(self, cid: int, result: int) -> None:
-        sq = self.queues.submissions.get(0)
-        if sq is not None:
-            sq.cq.backlog.append(_COMPLETION.pack(result, 0, sq.head, 0, cid, 0))
+        if self._execution.complete_event(cid, result):
             self._schedule()
+
+    def _settle(self, sq: SubmissionQueue) -> None:
+        """Commands of a queue have completed by themselves."""
+        if self._works:
+            try:
+                self._post(sq.cq)
+            except (NotMappedError, RefusedError) as error:
+                self.fail(f"a queue is out of reach: {error}")
 
     def _post(self, cq: CompletionQueue) -> None:
         """Write what is in a backlog, and interrupt."""
-        if not cq.backlog or not cq.post(self._memory) or cq.vector is None:
+        if not cq.backlog:
             return
-        if self.config.msix_enabled or not self.registers.interrupt_mask >> cq.vector & 1:
-            self.interrupt(cq.vector)
-
-    def _update_line(self) -> None:
-        """Drive INTx, which is a level: asserted while a queue has entries that the host has not taken.
-
-        PCIe Transport 1.0, 3.5.1.
-        """
-        if self._host is None or self.config.msix_enabled or self.config.msi_enabled:
-            return
-        mask = self.registers.interrupt_mask
-        if any(
-            cq.head != cq.tail and cq.vector is not None and not mask >> cq.vector & 1
-            for cq in self.queues.completions.values()
-        ):
-            self.interrupt()
-        else:
-            self.deassert()
-
-    def _send_held(self, bits: int) -> None:
-        """Send the MSI messages that INTMS held back."""
-        if self.config.msi_enabled:
-            for cq in self.queues.completions.values():
-                if cq.vector is not None and cq.head != cq.tail and bits >> cq.vector & 1:
-                    self.interrupt(cq.vector)
-
-    def _vectors(self) -> int:
-        """How many interrupts a completion queue can choose from."""
-        messages = self.config.msix_enabled or self.config.msi_enabled
-        return self.settings.vectors if messages else 1
-
-    # --- commands that end before their time ---------------------------------------------------------------------
-
-    def _drop(self, sq: SubmissionQueue) -> None:
-        """End the commands of a queue that is deleted (Base 2.0, 5.7)."""
-        for command in list(sq.under_way.values()):
-            self._complete(sq, command, 0, RefusedError(Code.ABORTED_SQ_DELETION))
-        sq.under_way.clear()
-        self._post(sq.cq)
-
-    def _withdraw(self, number: int, cid: int) -> bool:
-        """Abort a command that is under way."""
-        sq = self.queues.submissions.get(number)
-        if sq is None:
-            return False
-        command = sq.under_way.pop(cid, None)
-        if command is None:
-            if number or not self.events.withdraw(cid):
-                return False
-            command = Command(0x0C, 0, cid, *(0,) * 11)
-        self._complete(sq, command, 0, RefusedError(Code.ABORT_REQUESTED))
-        self._post(sq.cq)
-        return True
-
-    def _look_at_health(self) -> None:
-        """Tell of a critical warning, if the host wants to know."""
-
-
-def _taken_at_most(cq: CompletionQueue) -> int:
-    """How many entries the host can have taken since it last said so."""
-    return (cq.tail - cq.head) % cq.entries
-
-
-def _numbered(
-    namespaces: Mapping[int, Namespace] | Sequence[Namespace] | None, settings: Settings
-) -> dict[int, Namespace]:
-    if namespaces is None:
-        found = {1: Namespace.memory()}
-    elif isinstance(namespaces, Mapping):
-        found = dict(sorted(namespaces.items()))
-    else:
-        found = dict(enumerate(namespaces, 1))
-    for nsid, namespace in found.items():
-        if not 1 <= nsid <= settings.namespaces:
-            raise ValueError(f"namespaces have identifiers 1 to {settings.namespaces}, not {nsid}")
-        if namespace.uuid is None:
-            namespace.uuid = settings.namespace_uuid(nsid)
-    return found
+        if cq.room < len(cq.backlog):
+            self._shadow.look_at(cq)
+        posted = cq.post(self._memory)
+        if cq.backlog:
+            self._shadow.watch(cq)
+            posted += cq.post(self._memory)
+        cq.stalls = bool(cq.backlog)
+        if posted:
+            self._interrupts.raise_for(cq, posted)

@@ -84,8 +84,19 @@ class Events:
                 self._masked[kind] = page
                 self._complete(self._requests.popleft(), kind | information << 8 | page << 16)
 
-    # --- what happens --------------------------------------------------------------------------------------------
-
     def invalid_doorbell(self, *, value: bool) -> None:
         """A doorbell that does not exist was written, or a wrong value to one that does."""
         self.post(EventType.ERROR, int(value), LogPage.ERRORS)
+
+    def namespace_changed(self) -> None:
+        """The list of changed namespaces has grown."""
+        self.post(EventType.NOTICE, 0, LogPage.CHANGED_NAMESPACES)
+
+    def health(self, warnings: int) -> None:
+        """These bits of the critical warning are new (figure 148)."""
+        if warnings & 1 << 0:
+            self.post(EventType.HEALTH, 2, LogPage.SMART)  # spare below its threshold
+        if warnings & 1 << 1:
+            self.post(EventType.HEALTH, 1, LogPage.SMART)  # temperature
+        if warnings & (1 << 2 | 1 << 3):
+            self.post(EventType.HEALTH, 0, LogPage.SMART)  # reliability

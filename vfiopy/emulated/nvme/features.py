@@ -102,6 +102,13 @@ class Features:
         """Return a temperature threshold of the composite temperature, kelvin."""
         return self._value(Feature.TEMPERATURE_THRESHOLD, _UNDER if under else 0)
 
+    def coalescing(self, vector: int) -> tuple[int, float]:
+        """Return how many completions of a vector may wait for one interrupt, and for how many seconds."""
+        value = self._value(Feature.INTERRUPT_COALESCING)
+        if not value or self._value(Feature.INTERRUPT_VECTOR, vector) >> 16 & 1:
+            return 0, 0.0
+        return value & 0xFF, (value >> 8) * 100e-6
+
     def _value(self, feature: int, sub: int = _SINGLE_SUB) -> int:
         return self._values.get((feature, sub), self._default(feature, sub))
 

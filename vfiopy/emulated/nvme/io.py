@@ -104,7 +104,7 @@ class IoCommands:
         lba, count = self._extent(command, namespace)
         size = count * namespace.block_size
         self._check_size(size)
-        with self._data.memory.gather(self._data.locate(command, size), Prot.WRITE) as views:
+        with self._data.memory.gather(self._data.locate(command, size, to_host=True), Prot.WRITE) as views:
             namespace.read(lba, views)
         self._logs.count_read(size)
 
@@ -114,7 +114,7 @@ class IoCommands:
         lba, count = self._extent(command, namespace)
         size = count * namespace.block_size
         self._check_size(size)
-        with self._data.memory.gather(self._data.locate(command, size), Prot.READ) as views:
+        with self._data.memory.gather(self._data.locate(command, size, to_host=False), Prot.READ) as views:
             namespace.write(lba, views)
         self._logs.count_write(size)
         self._settle(command, namespace)

@@ -82,6 +82,10 @@ class Memory:
         with self.access(iova, size, Prot.READ) as views:
             return b"".join(views)
 
+    def write(self, iova: int, data: bytes) -> None:
+        """Write a range; raises as :meth:`access` does."""
+        self.store([(iova, len(data))], data)
+
     def load(self, pieces: Sequence[Piece]) -> bytes:
         """Read a command's data."""
         with self.gather(pieces, Prot.READ) as views:

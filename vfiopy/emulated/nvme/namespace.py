@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from vfiopy.emulated.nvme.backing import Backing
 from vfiopy.emulated.nvme.command import RefusedError
+from vfiopy.emulated.nvme.settings import Settings
 from vfiopy.errors import VfioError
 from vfiopy.nvme_spec.status import Code
 
-__all__ = ["Namespace"]
+__all__ = ["Namespace", "numbered"]
 
 _SIZES = (512, 4096)
 _CHUNK = 1 << 20
@@ -142,3 +143,25 @@ def _refusal(error: OSError, code: Code, lba: int) -> RefusedError:
     elif error.errno == errno.EFAULT:
         code = Code.DATA_TRANSFER_ERROR  # the host's memory, not ours
     return RefusedError(code, lba=lba)
+
+
+def numbered(
+    namespaces: Mapping[int, Namespace] | Sequence[Namespace] | None, settings: Settings
+) -> dict[int, Namespace]:
+    """Give namespaces their identifiers and identities; None is one in memory.
+
+    Raises:
+        ValueError: an identifier that the controller does not have.
+    """
+    if namespaces is None:
+        found = {1: Namespace.memory()}
+    elif isinstance(namespaces, Mapping):
+        found = dict(sorted(namespaces.items()))
+    else:
+        found = dict(enumerate(namespaces, 1))
+    for nsid, namespace in found.items():
+        if not 1 <= nsid <= settings.namespaces:
+            raise ValueError(f"namespaces have identifiers 1 to {settings.namespaces}, not {nsid}")
+        if namespace.uuid is None:
+            namespace.uuid = settings.namespace_uuid(nsid)
+    return found

@@ -29,6 +29,7 @@ class CompletionQueue:
         tail, phase: where the next entry goes, and its phase tag.
         users: submission queues that complete here.
         backlog: completions that the queue has no room for yet, without their phase tag.
+        stalls: something waits for the host to take entries.
     """
 
     number: int
@@ -40,11 +41,24 @@ class CompletionQueue:
     phase: int = 1
     users: int = 0
     backlog: deque[bytes] = field(default_factory=deque)
+    stalls: bool = False
 
     @property
     def room(self) -> int:
         """How many entries may be written before the host takes one."""
         return (self.head - self.tail - 1) % self.entries
+
+    @property
+    def full(self) -> bool:
+        """So much waits already that no more commands are to be fetched."""
+        return len(self.backlog) >= self.entries
+
+    def take(self, head: int) -> bool:
+        """The host says what it has taken; whether that can be."""
+        if head >= self.entries or not 0 < (head - self.head) % self.entries <= (self.tail - self.head) % self.entries:
+            return False
+        self.head = head
+        return True
 
     def post(self, memory: Memory) -> int:
         """Write what there is room for; return how many entries that were. Raises as ``Memory.access`` does."""
@@ -89,6 +103,13 @@ class SubmissionQueue:
     head: int = 0
     tail: int = 0
     under_way: dict[int, Command] = field(default_factory=dict)
+
+    def take(self, tail: int) -> bool:
+        """The host says what it has put in; whether that can be."""
+        if tail >= self.entries or not 0 < (tail - self.tail) % self.entries < self.entries - self.pending:
+            return False
+        self.tail = tail
+        return True
 
     @property
     def pending(self) -> int:
