@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from json_schema import check_schema
 from pci_tree import FakeKernel
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from vfiopy import pci
 from vfiopy.cli.app import app
