@@ -9,12 +9,14 @@ by a VfioError; everything else is a crash. Inputs that crashed are kept as test
 
 from __future__ import annotations
 
+import io
 import os
 import socket
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import atheris
@@ -22,10 +24,11 @@ import atheris
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [os.fspath(ROOT), os.fspath(ROOT / "tests" / "unit")]
 
-with atheris.instrument_imports(include=["vfiopy.vfio_user", "vfiopy.emulated"]):
+# It would name each module that it looks into.
+with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["vfiopy.vfio_user", "vfiopy.emulated"]):
     from emulated_support import Everything
 
-    from vfiopy import emulated
+    from vfiopy import emulated, uapi
     from vfiopy.emulated import Edu
     from vfiopy.emulated.dirty_log import DirtyLog
     from vfiopy.emulated.migration import RESUMING, Migration
@@ -50,6 +53,8 @@ class Ends:
         io, mapper = emulated.connect(Everything(manual=True))
         self.space = ClientSpace(mapper, "fuzz", max_mappings=64, trust_files=False)
         self.served = ServedDevice(io, MAX_DATA, 16)
+        everything = struct.pack("=QII", 4096, 0, 0)
+        self.served.log.feature(uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START, uapi.VFIO_DEVICE_FEATURE_SET, everything)
         self.requests = DmaRequests(lambda *_: None, "fuzz", max_data=MAX_DATA, timeout=0.0)
         self.client = VfioUserMapper("fuzz")
         self.device = Edu(manual=True)
@@ -89,9 +94,12 @@ class Ends:
     def unmap(self, data: bytes) -> None:
         """DMA_UNMAP."""
         wire.check_request(wire.Command.DMA_UNMAP, len(data), 0, from_client=True)
+        dirty = self.served.log.question(data)
         closing, _, _ = self.space.begin_unmap(data)
         if closing.ready():
             closing.finish()
+        if dirty is not None:
+            self.served.log.answer(dirty)
 
     def answer(self, data: bytes) -> None:
         """A reply to a request that the server made."""
@@ -146,6 +154,7 @@ def seeds(folder: Path) -> None:
         inputs += [bytes([2, command]) + bytes(size), bytes([2, command]) + bytes([64]) * size]
     inputs.append(bytes([4]) + wire.DMA_MAP.pack(32, 3, 0, 0x10000, 0x1000))
     inputs.append(bytes([5]) + wire.DMA_UNMAP.pack(24, 0, 0x10000, 0x1000))
+    inputs.append(bytes([5]) + wire.DMA_UNMAP.pack(48, 1, 0x10000, 0x1000) + wire.DIRTY_BITMAP.pack(0x1000, 8))
     inputs.append(bytes([7, 0]) + wire.DMA_ACCESS.pack(0x10000, 4))
     inputs.append(bytes([10]) + wire.HEADER.pack(1, 2, 20, 0, 0) + b"body")
     for number, one in enumerate(inputs):

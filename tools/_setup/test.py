@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ parts, in this order (default: all of them):
   lint     ruff, and mypy in strict mode
   docs     docs/ as a site, without a warning; tests/docs: the snippets that need no kernel run
   native   C tests, with sanitizers, and cross-compiled for arm64 under qemu-user; a short fuzz run
-  unit     tests/unit: no privileges, no hardware
+  unit     tests/unit: no privileges, no hardware; a short fuzz run of vfio-user's parsers
   free-threaded
            tests/free_threaded, and tests/unit once more, on a CPython without GIL (python3.14t on the PATH, or named by
            VFIOPY_FREE_THREADED); left out where there is none
@@ -168,6 +169,17 @@ class Run:
     def unit(self) -> None:
         """Tests that need nothing."""
         self._pytest("unit", PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit")
+        self._fuzz_vfio_user()
+
+    def _fuzz_vfio_user(self) -> None:
+        """A short fuzz run of what parses a peer's bytes, where there is a fuzzer for this Python."""
+        if self._command(PYTHON, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('atheris') is None)"):
+            say("fuzzing vfio-user: left out, atheris is not for this platform")
+            return
+        seconds = FUZZ_SECONDS_NIGHTLY if self.nightly else FUZZ_SECONDS
+        with tempfile.TemporaryDirectory(prefix="vfiopy-fuzz-") as folder:
+            limits = (f"-max_total_time={seconds}", f"-artifact_prefix={RESULTS}/", "-verbosity=0")
+            self._check("vfio-user fuzz", PYTHON, "tests/fuzz/vfio_user.py", *limits, folder)
 
     def free_threaded(self) -> None:
         """The same without GIL."""
