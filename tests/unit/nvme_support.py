@@ -14,7 +14,9 @@ from ways import opened
 from vfiopy.drivers import nvme
 from vfiopy.drivers.nvme import commands
 from vfiopy.drivers.nvme.rings import Completion, CompletionRing
-from vfiopy.emulated import Nvme
+from vfiopy.emulated.nvme import Namespace, Nvme
+from vfiopy.emulated.nvme.command import Command
+from vfiopy.emulated.nvme.queues import SubmissionQueue
 from vfiopy.nvme_spec import registers as reg
 from vfiopy.nvme_spec.status import Code
 from vfiopy.nvme_spec.structures import CQE, SQE
@@ -23,6 +25,51 @@ from vfiopy.nvme_spec.structures import CQE, SQE
 def noise(size: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Bytes that nobody else writes by chance."""
     return np.frombuffer(hashlib.shake_128(seed.to_bytes(4, "little")).digest(size), np.uint8)
+
+
+class Watched(Nvme):
+    """A controller whose commands are noted: namespaces 1 (4 MiB, 512-byte blocks) and 3 (1 MiB, 4096), MDTS 128 KiB.
+
+    Attributes:
+        commands: (submission queue, opcode), in the order in which they were fetched.
+        never_ready, never_stops: CC.EN is not obeyed.
+        fatal: it fails when it is enabled.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        namespaces = {1: Namespace.memory(4 << 20), 3: Namespace.memory(1 << 20, block_size=4096)}
+        super().__init__(namespaces, **{"serial": "SERIAL-1", "queues": 4, "entries": 64, "mdts": 5, **options})
+        self.commands: list[tuple[int, int]] = []
+        self.never_ready = self.never_stops = self.fatal = False
+        begin = self._execution.begin
+
+        def noted(sq: SubmissionQueue, command: Command) -> None:
+            self.commands.append((sq.number, command.opcode))
+            begin(sq, command)
+
+        self._execution.begin = noted  # type: ignore[method-assign]
+
+    def _enable(self) -> None:
+        if self.fatal:
+            self.fail("as the test wants it")
+        elif not self.never_ready:
+            super()._enable()
+
+    def _disable(self) -> None:
+        if not self.never_stops:
+            super()._disable()
+
+
+def content(target: Nvme, nsid: int = 1) -> bytes:
+    """All that a namespace holds."""
+    data = bytearray(target.namespaces[nsid].backing.size)
+    target.namespaces[nsid].backing.read([memoryview(data)], 0)
+    return bytes(data)
+
+
+def fill(target: Nvme, data: bytes, nsid: int = 1) -> None:
+    """Write a whole namespace behind the controller's back."""
+    target.namespaces[nsid].backing.write([memoryview(data)], 0)
 
 
 @contextmanager

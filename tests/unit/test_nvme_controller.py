@@ -1,4 +1,4 @@
-"""The whole driver against a controller that is a Python object: it is strict, out of order, and can go wrong."""
+"""The whole driver against the emulated controller: strict, out of order, and able to go wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nvme_device import IntxOnly, MsiOnly, NvmeDevice, Silent
+from nvme_support import Watched, content, fill
 
 import vfiopy
 from vfiopy.drivers import nvme
@@ -30,8 +30,13 @@ from vfiopy.errors import (
     NotSupportedError,
     VfioTimeoutError,
 )
+from vfiopy.nvme_spec import registers as reg
+from vfiopy.nvme_spec.status import Code
 
 FAST = (0.0, 0.0005)
+MSI_ONLY: dict[str, Any] = {"messages": "msi"}
+INTX_ONLY: dict[str, Any] = {"messages": None}
+SILENT: dict[str, Any] = {"messages": None, "interrupt_pin": 0}
 
 
 def noise(size: int, seed: int = 0) -> bytes:
@@ -44,9 +49,9 @@ def in_use(device: vfiopy.Device) -> dict[str, Any]:
 
 
 @contextmanager
-def driven(target: NvmeDevice | None = None, **options: Any) -> Iterator[tuple[NvmeDevice, nvme.Controller]]:
+def driven(target: Watched | None = None, **options: Any) -> Iterator[tuple[Watched, nvme.Controller]]:
     """Open and drive a device; in the end it must have nothing to complain about."""
-    target = target if target is not None else NvmeDevice(delay=FAST)
+    target = target if target is not None else Watched(delay=FAST)
     options.setdefault("timeout", 5.0)
     with vfiopy.open(target) as device:
         before = in_use(device)
@@ -65,27 +70,31 @@ def driven(target: NvmeDevice | None = None, **options: Any) -> Iterator[tuple[N
 
 def test_bring_up_and_shut_down() -> None:
     with driven() as (target, controller):
-        assert target.csts == 1
+        assert target.registers.status == 1
         assert controller.interrupts == "msix"
-        assert (controller.info.serial, controller.info.model) == ("SERIAL-1", "vfiopy test")
+        assert (controller.info.serial, controller.info.model) == ("SERIAL-1", "vfiopy emulated NVMe controller")
         assert controller.max_transfer == 128 << 10
         assert controller.admin.active_namespaces() == [1, 3]
         assert [space.block_size for space in controller.namespaces()] == [512, 4096]
         assert controller.failure is None
         controller.close()
         controller.close()
-        assert target.shutdowns == 1
-        assert target.cc & 1 == 0
+        assert target.logs.unsafe_shutdowns == 0
+        assert target.registers.control & 1 == 0
         assert not controller
         with pytest.raises(ClosedError, match="NVMe controller emulated:nvme is closed"):
             controller.namespace(1)
 
 
 def test_a_controller_that_another_driver_left_enabled_is_disabled_first() -> None:
-    target = NvmeDevice(delay=FAST)
-    target.cc, target.csts = 0x460001, 1
-    with driven(target):
-        pass
+    target = Watched(delay=FAST)
+    with vfiopy.open(target) as device:
+        device.bars[0].write32(reg.AQA, 0x1F001F)
+        device.bars[0].write32(reg.CC, 0x460001)
+        device.bars[0].poll32(reg.CSTS, 1, 1, 5.0)
+        with nvme.Controller(device) as controller:
+            assert controller.namespace(1).read(0, 1).nbytes == 512
+    assert not target.errors
 
 
 def test_what_is_no_nvme_controller_is_refused() -> None:
@@ -96,25 +105,25 @@ def test_what_is_no_nvme_controller_is_refused() -> None:
 
 
 def test_a_controller_that_is_gone() -> None:
-    target = NvmeDevice()
-    target.cap = (1 << 64) - 1
+    target = Watched()
+    target.registers._fixed.update({reg.CAP: 0xFFFFFFFF, reg.CAP + 4: 0xFFFFFFFF})
     with vfiopy.open(target) as device, pytest.raises(DeviceGoneError, match="read as all ones"):
         nvme.Controller(device)
 
 
 @pytest.mark.parametrize("trouble", ["never_ready", "fatal", "identify", "create"])
 def test_failed_bring_up_leaves_nothing(trouble: str) -> None:
-    target = NvmeDevice(delay=FAST)
+    target = Watched(delay=FAST)
     expected: type[Exception] = nvme.NvmeError
     if trouble == "never_ready":
-        target.cap = target.cap & ~(0xFF << 24) | 1 << 24
+        target = Watched(delay=FAST, ready_seconds=0.5)
         target.never_ready = True
         expected = VfioTimeoutError
     elif trouble == "fatal":
-        target._ready = lambda generation: setattr(target, "csts", 2)  # type: ignore[method-assign]
+        target.fatal = True
         expected = nvme.ControllerFailedError
     else:
-        target.fail_with[0, 6 if trouble == "identify" else 1] = (0, 6)
+        target.inject(admin=True, opcode=6 if trouble == "identify" else 1, status=Code.INTERNAL_ERROR, count=None)
     with vfiopy.open(target) as device:
         before = in_use(device)
         with pytest.raises(expected):
@@ -123,10 +132,10 @@ def test_failed_bring_up_leaves_nothing(trouble: str) -> None:
         assert in_use(device) == before
         assert not device.bus_master
         assert not device.irqs.msix.enabled
-        assert target.cc & 1 == 0
+        assert target.registers.control & 1 == 0
         # and nothing stands in the way of another try
         target.never_ready = False
-        target.fail_with.clear()
+        target.inject.clear()
         if trouble != "fatal":
             with nvme.Controller(device, timeout=2.0) as controller:
                 assert controller.namespace(1).blocks == 8192
@@ -134,7 +143,7 @@ def test_failed_bring_up_leaves_nothing(trouble: str) -> None:
 
 
 def test_closing_the_device_first() -> None:
-    target = NvmeDevice(delay=FAST)
+    target = Watched(delay=FAST)
     with vfiopy.AddressSpace("mine") as space:
         device = vfiopy.open(target, space=space)
         controller = nvme.Controller(device)
@@ -144,7 +153,7 @@ def test_closing_the_device_first() -> None:
 
 
 def test_closing_the_device_and_its_space_first() -> None:
-    device = vfiopy.open(NvmeDevice(delay=FAST))
+    device = vfiopy.open(Watched(delay=FAST))
     controller = nvme.Controller(device)
     request = controller.admin.request_event()
     device.close()
@@ -157,7 +166,7 @@ def test_closing_the_device_and_its_space_first() -> None:
 
 def test_any_step_of_bring_up_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each DMA allocation, and then each admin command, fails once: nothing stays behind, and another try works."""
-    target = NvmeDevice(delay=FAST)
+    target = Watched(delay=FAST)
     with vfiopy.open(target) as device:
         before = in_use(device)
         allocate, submit = vfiopy.device.DeviceDma.allocate, nvme.QueuePair.submit
@@ -192,7 +201,7 @@ def test_any_step_of_bring_up_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert in_use(device) == before, f"{name} call {step}"
                 assert not device.bus_master
                 assert not device.irqs.msix.enabled
-                assert not target.cc & 1
+                assert not target.registers.control & 1
             assert 5 < step < 99, f"{step} calls of {name}"
     assert not target.faults
     assert not target.errors
@@ -243,21 +252,21 @@ def test_a_forked_child_is_kept_out() -> None:
 @pytest.mark.parametrize("stride", [0, 2])
 @pytest.mark.parametrize("interrupts", ["msix", "polling"])
 def test_write_and_read_back(interrupts: nvme.signals.InterruptKind, stride: int) -> None:
-    with driven(NvmeDevice(delay=FAST, stride=stride), interrupts=interrupts) as (target, controller):
+    with driven(Watched(delay=FAST, stride=stride), interrupts=interrupts) as (target, controller):
         disk = controller.namespace(1)
         data = noise(24 * 512)
         disk.write(100, data)
         disk.flush()
-        assert target.disks[1][1][51200 : 51200 + len(data)] == data
+        assert content(target)[51200 : 51200 + len(data)] == data
         read = disk.read(100, 24)
         assert type(read) is np.ndarray
         assert read.tobytes() == data
 
 
-@pytest.mark.parametrize("kind", [MsiOnly, IntxOnly, Silent])
-def test_other_interrupts(kind: type[NvmeDevice]) -> None:
-    with driven(kind(delay=FAST), queues=3) as (_, controller):
-        assert controller.interrupts == {MsiOnly: "msi", IntxOnly: "intx", Silent: "polling"}[kind]
+@pytest.mark.parametrize(("options", "best"), [(MSI_ONLY, "msi"), (INTX_ONLY, "intx"), (SILENT, "polling")])
+def test_other_interrupts(options: dict[str, Any], best: str) -> None:
+    with driven(Watched(delay=FAST, **options), queues=3) as (_, controller):
+        assert controller.interrupts == best
         disk = controller.namespace(1)
         for number, queue in enumerate(controller.queues):
             disk.write(64 * number, noise(64 * 512, number), queue=queue)
@@ -267,7 +276,7 @@ def test_other_interrupts(kind: type[NvmeDevice]) -> None:
 
 
 def test_an_interrupt_that_the_function_does_not_have() -> None:
-    with vfiopy.open(MsiOnly()) as device, pytest.raises(NotSupportedError, match="no msix interrupt"):
+    with vfiopy.open(Watched(**MSI_ONLY)) as device, pytest.raises(NotSupportedError, match="no msix interrupt"):
         nvme.Controller(device, interrupts="msix")
 
 
@@ -277,40 +286,37 @@ def test_an_interrupt_that_the_function_does_not_have() -> None:
 def test_sizes_that_need_prp_lists_and_splitting(offset: int, blocks: int) -> None:
     with driven() as (target, controller):
         disk = controller.namespace(1)
-        target.disks[1][1][:] = noise(4 << 20)
+        fill(target, noise(4 << 20))
         with controller.device.dma.allocate(offset + blocks * 512 + 4096) as buffer:
             buffer[:] = 0xA5
             part = buffer[offset : offset + blocks * 512]
             assert disk.read(37, into=part) is part
-            assert part.tobytes() == bytes(target.disks[1][1][37 * 512 : (37 + blocks) * 512])
+            assert part.tobytes() == content(target)[37 * 512 : (37 + blocks) * 512]
             assert (buffer[:offset] == 0xA5).all()
             assert (buffer[offset + blocks * 512 :] == 0xA5).all()
             disk.write(5000, part)
-            assert target.disks[1][1][5000 * 512 : (5000 + blocks) * 512] == part.tobytes()
+            assert content(target)[5000 * 512 : (5000 + blocks) * 512] == part.tobytes()
 
 
 def test_large_commands_chain_prp_lists() -> None:
-    class Big(NvmeDevice):
-        mdts = 0
-
-    with driven(Big(delay=FAST), max_transfer=4 << 20) as (target, controller):
+    with driven(Watched(delay=FAST, mdts=0), max_transfer=4 << 20) as (target, controller):
         disk = controller.namespace(1)
-        target.disks[1][1][:] = noise(4 << 20)
+        fill(target, noise(4 << 20))
         with controller.device.dma.allocate((4 << 20) + 4) as buffer:
             part = buffer[4:]
             disk.read(0, into=part)
-            assert part.tobytes() == bytes(target.disks[1][1])
+            assert part.tobytes() == content(target)
         assert target.commands.count((1, 2)) == 1
 
 
 def test_many_more_commands_than_the_queue_holds() -> None:
-    with driven(NvmeDevice(delay=FAST, queue_entries=4)) as (target, controller):
+    with driven(Watched(delay=FAST, entries=4)) as (target, controller):
         assert controller.queues[0].depth == 4
         disk = controller.namespace(3)
         queue = controller.queues[0]
         queue.max_transfer = 4096
         disk.write(0, noise(1 << 20))
-        assert target.disks[3][1] == noise(1 << 20)
+        assert content(target, 3) == noise(1 << 20)
         assert disk.read(0, 256).tobytes() == noise(1 << 20)
         assert target.commands.count((1, 1)) == 256
         assert queue.free == 3
@@ -319,16 +325,22 @@ def test_many_more_commands_than_the_queue_holds() -> None:
 def test_write_zeroes_and_deallocate() -> None:
     with driven() as (target, controller):
         disk = controller.namespace(1)
-        target.disks[1][1][:] = b"\xff" * (4 << 20)
+        fill(target, b"\xff" * (4 << 20))
         disk.write_zeroes(10, 5)
         disk.deallocate((100, 3), (8191, 1))
-        zero = np.flatnonzero(np.frombuffer(target.disks[1][1], np.uint8).reshape(-1, 512).sum(axis=1) == 0)
+        zero = np.flatnonzero(np.frombuffer(content(target), np.uint8).reshape(-1, 512).sum(axis=1) == 0)
         assert zero.tolist() == [*range(10, 15), *range(100, 103), 8191]
 
 
 def test_log_page_that_is_larger_than_the_admin_buffer() -> None:
     with driven() as (_, controller):
-        assert controller.admin.log_page(0x70, 3 * 4096) == bytes(i & 0xFF for i in range(3 * 4096))
+        for _ in range(64):
+            with pytest.raises(nvme.NvmeError):
+                controller.admin.execute(nvme.Command("Nonsense", 0x7F))
+        page = controller.admin.log_page(1, 3 * 4096)
+        assert page[:4096] == controller.admin.log_page(1, 4096)
+        assert [page[64 * number] for number in range(64)] == list(range(64, 0, -1))
+        assert page[4096:] == bytes(8192)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -367,7 +379,7 @@ def test_bad_requests_are_refused_before_the_controller_sees_them() -> None:
 
 def test_errors_have_names_and_do_no_harm() -> None:
     with driven() as (_, controller):
-        with pytest.raises(nvme.NvmeError, match=r"Invalid Namespace or Format \(generic, SCT 0h SC 0Bh\)") as caught:
+        with pytest.raises(nvme.NvmeError, match=r"Invalid Namespace or Format \(generic, SCT 0h SC 0Bh, do not retry\)") as caught:
             controller.namespace(77)
         assert (caught.value.sct, caught.value.sc) == (0, 0x0B)
         assert caught.value.object == "emulated:nvme admin queue"
@@ -384,7 +396,7 @@ def test_errors_have_names_and_do_no_harm() -> None:
 def test_one_failure_of_many_settles_the_others_first() -> None:
     with driven() as (target, controller):
         disk = controller.namespace(1)
-        target.fail_with[1, 2] = (2, 0x81)
+        target.inject(admin=False, opcode=2, status=Code.UNRECOVERED_READ_ERROR, count=None)
         with controller.device.dma.allocate(2 << 20) as buffer:
             with pytest.raises(nvme.NvmeError, match="Unrecovered Read Error"):
                 disk.read(0, into=buffer)
@@ -393,7 +405,7 @@ def test_one_failure_of_many_settles_the_others_first() -> None:
 
 
 def test_a_full_queue_says_so() -> None:
-    with driven(NvmeDevice(delay=FAST, queue_entries=4)) as (target, controller):
+    with driven(Watched(delay=FAST, entries=4)) as (target, controller):
         queue = controller.queues[0]
         target.delay = (0.4, 0.4)
         requests = [queue.submit(commands.flush(1)) for _ in range(3)]
@@ -435,7 +447,7 @@ def test_delete_and_create() -> None:
     with driven(queues=2) as (target, controller):
         first, second = controller.queues
         controller.delete_queue(first)
-        assert set(target.sqs) == {0, 2}
+        assert set(target.queues.submissions) == {0, 2}
         assert controller.namespace(1).read(0, 1, queue=second).nbytes == 512
         again = controller.create_queue(depth=8)
         assert (again.number, again.depth) == (1, 8)
@@ -451,7 +463,7 @@ def test_delete_and_create() -> None:
 
 
 def test_fewer_queues_than_asked_for() -> None:
-    with driven(NvmeDevice(delay=FAST, max_queues=2), queues=4) as (_, controller):
+    with driven(Watched(delay=FAST, queues=2), queues=4) as (_, controller):
         assert len(controller.queues) == 2
 
 
@@ -465,32 +477,32 @@ def test_no_queues_at_all() -> None:
 # --- asyncio -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [NvmeDevice, IntxOnly, Silent])
-def test_many_tasks_on_one_queue(kind: type[NvmeDevice]) -> None:
-    with driven(kind(delay=FAST)) as (target, controller):
+@pytest.mark.parametrize("options", [{}, INTX_ONLY, SILENT])
+def test_many_tasks_on_one_queue(options: dict[str, Any]) -> None:
+    with driven(Watched(delay=FAST, **options)) as (target, controller):
         disk = controller.namespace(1)
-        target.disks[1][1][:] = noise(4 << 20)
+        fill(target, noise(4 << 20))
 
         async def one(lba: int) -> bytes:
             return (await disk.read_async(lba, 3)).tobytes()
 
         async def main() -> None:
             got = await asyncio.gather(*(one(lba) for lba in range(0, 300, 3)))
-            assert b"".join(got) == bytes(target.disks[1][1][: 300 * 512])
+            assert b"".join(got) == content(target)[: 300 * 512]
             await disk.write_async(0, noise(512, 9))
             assert await controller.queues[0].submit(commands.flush(1)) == 0
             with pytest.raises(nvme.NvmeError, match="LBA Out of Range"):
                 await controller.queues[0].submit(commands.write_zeroes(1, 1 << 40, 1))
 
         asyncio.run(main())
-        assert target.disks[1][1][:512] == noise(512, 9)
+        assert content(target)[:512] == noise(512, 9)
         asyncio.run(main())  # another loop
 
 
 def test_more_tasks_than_the_queue_holds() -> None:
-    with driven(NvmeDevice(delay=FAST, queue_entries=4)) as (target, controller):
+    with driven(Watched(delay=FAST, entries=4)) as (target, controller):
         disk = controller.namespace(3)
-        target.disks[3][1][:] = noise(1 << 20)
+        fill(target, noise(1 << 20), 3)
 
         async def main() -> list[Any]:
             return await asyncio.gather(*(disk.read_async(lba, 1) for lba in range(60)))
@@ -518,7 +530,7 @@ def test_cancelled_read_leaves_no_dma_behind() -> None:
 
 def test_timeout_in_a_loop() -> None:
     with driven() as (target, controller):
-        target.hang.add((1, 2))
+        target.inject(admin=False, opcode=2, hang=True, count=None)
 
         async def main() -> None:
             with pytest.raises(nvme.NvmeTimeoutError, match="Read of 1 blocks at LBA 0"):
@@ -536,7 +548,7 @@ def test_timeout_disables_and_reset_brings_back(interrupts: nvme.signals.Interru
     with driven(queues=2, interrupts=interrupts) as (target, controller):
         disk = controller.namespace(1)
         disk.write(0, noise(512))
-        target.hang.add((1, 2))
+        target.inject(admin=False, opcode=2, hang=True, count=None)
         buffer = controller.device.dma.allocate(512)
         other = controller.queues[1].submit(commands.read(1, 0, 1), buffer)
         with pytest.raises(nvme.NvmeTimeoutError) as caught:
@@ -547,12 +559,12 @@ def test_timeout_disables_and_reset_brings_back(interrupts: nvme.signals.Interru
             "  hint: the controller was disabled, so that it cannot write the buffer any more; reset() brings it back"
         )
         assert isinstance(caught.value, TimeoutError)
-        assert target.cc & 1 == 0
+        assert target.registers.control & 1 == 0
         with pytest.raises(nvme.CommandAbortedError, match="under way when Read of 1 blocks"):
             other.wait()
         with pytest.raises(nvme.ControllerFailedError, match=r"was disabled: Read of 1 blocks .*\n.*reset"):
             disk.read(0, 1)
-        target.hang.clear()
+        target.inject.clear()
         controller.reset()
         assert controller.failure is None
         for queue in controller.queues:
@@ -561,20 +573,19 @@ def test_timeout_disables_and_reset_brings_back(interrupts: nvme.signals.Interru
 
 
 def test_a_controller_that_does_not_obey_loses_the_bus() -> None:
-    target = NvmeDevice(delay=FAST)
-    target.cap = target.cap & ~(0xFF << 24) | 1 << 24
+    target = Watched(delay=FAST, ready_seconds=0.5)
     with vfiopy.open(target) as device:
         controller = nvme.Controller(device, timeout=5.0)
-        target.hang.add((1, 0))
+        target.inject(admin=False, opcode=0, hang=True, count=None)
         target.never_stops = True
         with pytest.raises(nvme.NvmeTimeoutError):
             controller.namespace(1).flush(timeout=0.05)
         assert not device.bus_master
         with pytest.raises(VfioTimeoutError, match=r"disabling \(CC.EN = 0\) did not happen within 0.5 s"):
             controller.reset()
-        target.hang.clear()
+        target.inject.clear()
         controller.reset(function=True)
-        assert target.cc & 1
+        assert target.registers.control & 1
         assert controller.namespace(1).read(0, 1).nbytes == 512
         with pytest.raises(VfioTimeoutError, match="disabling"):
             controller.close()
@@ -587,7 +598,7 @@ def test_reset_in_the_middle() -> None:
     with driven(queues=2) as (target, controller):
         disk = controller.namespace(1)
         disk.write(9, noise(512))
-        target.hang.add((1, 0))
+        target.inject(admin=False, opcode=0, hang=True, count=None)
         requests = [queue.submit(commands.flush(1)) for queue in controller.queues for _ in range(3)]
         controller.reset()
         for request in requests:
@@ -599,10 +610,10 @@ def test_reset_in_the_middle() -> None:
 def test_a_completion_for_nobody_stops_the_controller() -> None:
     with driven() as (target, controller):
         disk = controller.namespace(1)
-        target.wrong_cid = True
+        target.inject(admin=False, cid=0x7777)
         with pytest.raises(nvme.CommandAbortedError, match="command 30583 of queue 1, which is not under way"):
             disk.flush()
-        assert target.cc & 1 == 0
+        assert target.registers.control & 1 == 0
         controller.reset()
         disk.flush()
 
@@ -617,7 +628,7 @@ def test_a_lost_interrupt_is_no_lost_command() -> None:
 
 
 def test_a_dma_fault_is_a_timeout_not_a_hang() -> None:
-    target = NvmeDevice(delay=FAST)
+    target = Watched(delay=FAST)
     with vfiopy.open(target) as device, nvme.Controller(device) as controller:
         disk = controller.namespace(1)
         target.inject.dma_faults = 1
@@ -633,7 +644,8 @@ def test_events() -> None:
         assert controller.admin.wait_event(request, 0.05) is None
         assert controller.failure is None
         controller.namespace(1).flush()
-        target.event(0x00020101)
+        controller.admin.set_feature(nvme.Feature.ASYNC_EVENTS, 2)
+        target.set_health(temperature=400)
         event = controller.admin.wait_event(request, 5.0)
         assert event is not None
         assert event.log_page == 2

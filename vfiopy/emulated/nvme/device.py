@@ -214,6 +214,7 @@ class Nvme(PciDevice):
     def write(self, bar: int, offset: int, width: int, value: int) -> None:
         """Write a register, of 64 bits also in halves; what is narrower than 32 bits does nothing (3.1)."""
         if bar or width < 4:
+            self.record_error(f"{width} bytes were written at {offset:#x} of BAR {bar}, where nothing takes them")
             return
         if offset >= reg.DOORBELLS:
             self._ring(offset - reg.DOORBELLS, value & 0xFFFF_FFFF)
