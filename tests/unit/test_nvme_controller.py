@@ -379,7 +379,8 @@ def test_bad_requests_are_refused_before_the_controller_sees_them() -> None:
 
 def test_errors_have_names_and_do_no_harm() -> None:
     with driven() as (_, controller):
-        with pytest.raises(nvme.NvmeError, match=r"Invalid Namespace or Format \(generic, SCT 0h SC 0Bh, do not retry\)") as caught:
+        words = r"Invalid Namespace or Format \(generic, SCT 0h SC 0Bh, do not retry\)"
+        with pytest.raises(nvme.NvmeError, match=words) as caught:
             controller.namespace(77)
         assert (caught.value.sct, caught.value.sc) == (0, 0x0B)
         assert caught.value.object == "emulated:nvme admin queue"
