@@ -251,6 +251,16 @@ def test_a_rule_for_each_boot(kernel: FakeKernel) -> None:
     assert list(rule(kernel).parent.iterdir()) == []
 
 
+def test_files_stay_when_the_device_cannot_be_taken(kernel: FakeKernel) -> None:
+    answer(kernel, "bind", NVME, "--persist")
+    (kernel.proc / "42/fd").mkdir(parents=True)
+    (kernel.proc / "42/comm").write_text("qemu\n")
+    (kernel.proc / "42/fd/9").symlink_to(kernel.dev / "vfio/5")
+    for words in (["unbind", "--persist", NVME], ["restore"]):
+        assert "process 42 (qemu)" in say(kernel, *words).output
+        assert rule(kernel).exists()
+
+
 def test_restore_removes_it(kernel: FakeKernel) -> None:
     answer(kernel, "bind", NVME, "--persist")
     answer(kernel, "bind", "--group", NIC, "--persist")

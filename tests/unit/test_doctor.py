@@ -362,6 +362,16 @@ def test_memlock(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(kernel) == []
 
 
+def test_the_cgroup_of_a_container(kernel: FakeKernel) -> None:
+    (kernel.proc / "self/cgroup").write_text("0::/\n")
+    put(kernel, "fs/cgroup/memory.max", str(32 << 20))
+    assert first(kernel) == ("cgroup memory", Severity.LIMITS)
+    put(kernel, "fs/cgroup/memory.max", str(512 << 20))
+    assert first(kernel) == ("cgroup memory", Severity.NOTE)
+    (kernel.proc / "self/cgroup").write_text("0::/../../elsewhere\n")
+    assert found(kernel) == []
+
+
 def test_big_pages(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", lambda name: 65536)
     assert first(kernel) == ("page size", Severity.NOTE)

@@ -127,6 +127,15 @@ def test_an_override_left_behind_on_a_bound_device(kernel: FakeKernel) -> None:
     assert (restore_point.driver, restore_point.driver_override) == ("vfio-pci", None)
 
 
+def test_nothing_is_handed_over_without_an_iommu(kernel: FakeKernel) -> None:
+    switch = kernel.sys / "module/vfio/parameters/enable_unsafe_noiommu_mode"
+    switch.parent.mkdir(parents=True)
+    switch.write_text("Y\n")
+    kernel.add("0000:00:06.0", driver="nvme")
+    assert mend(kernel, "0000:00:06.0") == []
+    assert kernel.log == []
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_what_is_in_use_is_left_alone(kernel: FakeKernel, dry_run: bool) -> None:
     (kernel.sys / "class/net/eth0").symlink_to(kernel.pci_devices / SECOND)

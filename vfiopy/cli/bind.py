@@ -73,12 +73,11 @@ def run_unbind(
         if group:
             named = dict.fromkeys(other for one in wanted for other in one.group_members())
         was = {one: one.driver for one in named}
+        kept = persist and any(file.own for one in named for file in pci.persisted(one.address, system=system))
+        done: list[Function] = []
+        if not kept or any(one.is_vfio for one in wanted):  # a file alone can be removed, too
+            done = pci.unbind(wanted, whole_group=group, force=force, system=system)
         removed = [str(path) for one in named for path in pci.forget(one.address, system=system)] if persist else []
-        done = (
-            []
-            if persist and removed and not any(one.is_vfio for one in wanted)
-            else pci.unbind(wanted, whole_group=group, force=force, system=system)
-        )
         left = [path for one in done for path in _kept(one, system)]
     report = [_entry(one, was.get(one)) for one in done]
     if as_json:
@@ -99,8 +98,8 @@ def run_restore(
     """Undo what vfiopy did: drivers, overrides, virtual functions, owners of nodes, bindings for each boot."""
     system = system_of(context)
     with refusals_told():
-        removed = [str(path) for path in pci.forget(address, system=system)]
         done = [Function(one, system) for one in pci.restore(address, system=system)]
+        removed = [str(path) for path in pci.forget(address, system=system)]
     if as_json:
         print_json({"format": 1, "functions": [_entry(one, None) for one in done], "removed": removed})
         return

@@ -54,8 +54,9 @@ def fix(
     """Do what is safe about what :func:`examine` finds, in its order, and examine again after each step.
 
     Loads vfio-pci; clears an override that a driver left behind; binds a function, with its whole group if that is
-    what it takes, when the running system uses none of them. Where something stands in the way that this cannot fix,
-    nothing that comes after it is done. How things were is written down first: ``vfiopy restore`` goes back.
+    what it takes, when the running system uses none of them; never one without an IOMMU. Where something stands in
+    the way that this cannot fix, nothing that comes after it is done. How things were is written down first:
+    ``vfiopy restore`` goes back.
 
     Args:
         functions: which ones.
@@ -120,7 +121,7 @@ def _steps(finding: Finding, one: Function | None, system: System, state_dir: Pa
             return  # vfio-pci refused it, or is not loaded: another finding says why
         made = Fix(finding.check, finding.object, f"clear driver_override ({wanted})", f"vfiopy restore {one}")
         yield _Step(made, lambda: pci.clear_override(one, state_dir=state_dir, system=system))
-    elif finding.check in ("not bound", "group not viable"):
+    elif finding.check in ("not bound", "group not viable") and one.iommu_group is not None:
         others = [other for other in one.group_blockers() if other != one]
         wanted_too = [other for other in others if not other.is_bridge]
         if len(wanted_too) < len(others) or any(pci.uses(other) for other in (one, *wanted_too) if not other.is_vfio):

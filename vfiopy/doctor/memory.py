@@ -58,15 +58,14 @@ def _cgroup(system: System) -> Iterator[Problem]:
     root = system.sys / "fs/cgroup"
     lines = (system.text(system.proc / "self/cgroup") or "").splitlines()
     where = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if where is None:
+    if where is None or ".." in Path(where).parts:  # outside of what this namespace shows
         return
     limits: list[tuple[int, Path]] = []
-    folder = root / where
-    while folder != root:
-        text = system.text(folder / "memory.max")
+    # In a container the root of what it sees is its own group, with a limit.
+    for folder in (Path(where), *Path(where).parents):
+        text = system.text(root / folder / "memory.max")
         if text and text.isdigit():
-            limits.append((int(text), folder / "memory.max"))
-        folder = folder.parent
+            limits.append((int(text), root / folder / "memory.max"))
     if not limits:
         return
     least, file = min(limits)
