@@ -101,7 +101,9 @@ def _tried(report: Report, one: Function, backend: str | None, vf_token: UUID | 
     if reason:
         return report.joined([], skipped=[(str(one), "open", reason)])
     attempt = try_out(one, backend=backend, vf_token=vf_token, noiommu=noiommu)
-    return report.joined(attempt.findings, attempt.passed, attempt.skipped)
+    known = {(finding.check, finding.object) for finding in report.findings}
+    fresh = [finding for finding in attempt.findings if (finding.check, finding.object) not in known]
+    return report.joined(fresh, attempt.passed, attempt.skipped)
 
 
 def _explain(text: str, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from vfiopy.doctor.finding import DeviceCheck, Problem, Severity
 from vfiopy.pci import Function
 from vfiopy.pci.config import Command, decode_header
 from vfiopy.pci.holders import vfio_holders
-from vfiopy.pci.isolation import separators
+from vfiopy.pci.isolation import CONVENTIONAL, separators
 
 __all__ = ["OPENING_CHECKS"]
 
@@ -190,7 +190,9 @@ def _wide_group(one: Function) -> Iterator[Problem]:
         Severity.NOTE,
         f"{cause}; they go to one user together",
         "; ".join([evidence, *map(str, bridges)]),
-        "another slot, or a kernel with pci=config_acs=; patches that override ACS take the isolation away",
+        "another slot: nothing splits a conventional bus"
+        if joined and joined[-1].kind == CONVENTIONAL
+        else "another slot, or a kernel with pci=config_acs=; patches that override ACS take the isolation away",
     )
 
 

@@ -14,12 +14,12 @@ from vfiopy.device import Device
 from vfiopy.dmabuf import DmaBuf
 from vfiopy.doctor.finding import Finding, Problem, Severity
 from vfiopy.doctor.kernel_log import LogTail, study_log
-from vfiopy.errors import NotSupportedError, VfioError, VfiopyError
+from vfiopy.errors import NotSupportedError, VfioError, VfiopyError, from_errno
 from vfiopy.kernel.device_io import KernelDeviceIo
 from vfiopy.kernel.hot_reset import hot_reset_info
 from vfiopy.opening import open as open_device
 from vfiopy.pci import Function
-from vfiopy.selftest.checks import CHECKS, Check, CheckError, SkipCheckError
+from vfiopy.selftest.checks import CHECKS, Check, CheckError, Facts, SkipCheckError
 
 __all__ = ["STEPS", "Attempt", "try_out"]
 
@@ -62,6 +62,13 @@ def _hot_reset(device: Device) -> None:
         raise SkipCheckError(error.meaning) from error
 
 
+def _reset(device: Device) -> Facts | None:
+    """The function resets; that it cannot is worth knowing, where sysfs promised it above all."""
+    if not device.can_reset:
+        raise from_errno(errno.EINVAL, call="VFIO_DEVICE_RESET", object=device.name)
+    return CHECKS["reset"](device)
+
+
 # A function reset belongs to it: VFIO does one at open, too.
 _OF_SELFTEST = (
     "identity",
@@ -74,9 +81,9 @@ _OF_SELFTEST = (
     "msi",
     "msix",
     "intx",
-    "reset",
 )
 _CHECKS: dict[str, Check] = {name: CHECKS[name] for name in _OF_SELFTEST} | {
+    "reset": _reset,
     "dma-buf": _dma_buf,
     "hot reset": _hot_reset,
 }

@@ -15,7 +15,10 @@ from vfiopy.pci.ext_capabilities import AccessControl
 from vfiopy.pci.function import Function
 from vfiopy.pci.p2p import ancestors
 
-__all__ = ["Separator", "separators"]
+__all__ = ["CONVENTIONAL", "Separator", "separators"]
+
+CONVENTIONAL = "bridge to conventional PCI"
+"""A :attr:`Separator.kind`: what no ACS can be asked of."""
 
 _WANTED = ("source validation", "request redirect", "completion redirect", "upstream forwarding")
 
@@ -56,7 +59,7 @@ def _bridge(bridge: Function) -> Separator | None:
     port = None if express is None else express.port_type
     if port in (None, PortType.PCIE_TO_PCI_BRIDGE, PortType.PCI_TO_PCIE_BRIDGE):
         reason = "devices on a conventional bus look like one to the IOMMU"
-        return Separator(bridge.address, "bridge to conventional PCI", False, reason)
+        return Separator(bridge.address, CONVENTIONAL, False, reason)
     if port not in (PortType.ROOT_PORT, PortType.DOWNSTREAM_PORT):
         return None  # an upstream port: its downstream ports decide
     kind = "root port" if port is PortType.ROOT_PORT else "downstream port"

@@ -26,7 +26,7 @@ from vfiopy.errors import (
     OverlapError,
 )
 
-__all__ = ["CHECKS", "Check", "CheckError", "SkipCheckError"]
+__all__ = ["CHECKS", "Check", "CheckError", "Facts", "SkipCheckError"]
 
 Facts = dict[str, Any]
 Check = Callable[[Device], Facts | None]
