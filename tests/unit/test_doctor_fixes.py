@@ -186,6 +186,8 @@ def test_fix_on_the_command_line(kernel: FakeKernel) -> None:
         }
     ]
     assert Fix(**report["fixes"][0]).outcome == "done"
+    again = runner.invoke(app, ["doctor", NVME, "--fix"], obj=kernel)
+    assert again.stdout.startswith("nothing here that may be fixed without you\n0 found")
     assert runner.invoke(app, ["doctor", NVME, "--dry-run"], obj=kernel).exit_code == 2
 
 

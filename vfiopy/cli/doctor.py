@@ -90,6 +90,8 @@ def run_doctor(
         print_json(_as_dict(report) | {"fixes": [asdict(one) for one in fixes]})
     else:
         _print_fixes(console(), fixes)
+        if repair and not fixes:
+            console().print("nothing here that may be fixed without you")
         _print(console(), report)
     raise typer.Exit(0 if report.ok else 1)
 
