@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from modes import EDU, IVSHMEM, NVME
+from modes import EDU, IGB, IVSHMEM
 from typer.testing import CliRunner
 
 import vfiopy
@@ -41,16 +41,16 @@ def test_registers_of_edu(backend: str, bdf: Callable[..., str]) -> None:
 
 
 def test_what_is_written_is_lost_with_a_reset_and_that_is_told(bdf: Callable[..., str]) -> None:
-    nvme = bdf(NVME)
-    with vfiopy.bind(nvme):
-        said = ran("write", nvme, "bar0", "0x24", "0x001f001f", "--read-back")  # AQA, NVM Express base 2.0, 3.1.4.8
-        assert said.startswith("0x24: 0x001f001f reads 0x001f001f\n")
+    igb = bdf(IGB)
+    with vfiopy.bind(igb):
+        said = ran("write", igb, "bar0", "0x170", "0x1234", "--read-back")  # FCTTV, the 82576's flow control timer
+        assert said.startswith("0x170: 0x00001234 reads 0x00001234\n")
         assert "the kernel resets the function when it is closed" in said
-        assert ran("read", nvme, "bar0", "0x24") == "0x00000000\n"
-        report = json.loads(ran("read", nvme, "config", "express.link_status", "--json"))
+        assert ran("read", igb, "bar0", "0x170") == "0x00000000\n"
+        report = json.loads(ran("read", igb, "config", "express.link_status", "--json"))
         fields = {one["name"]: one["words"] for one in report["samples"][0]["values"][0]["fields"]}
         assert fields["speed"].endswith("GT/s")
-        assert "--force writes it anyway" in ran("write", nvme, "config", "pm.control.power_state", "D3hot", status=2)
+        assert "--force writes it anyway" in ran("write", igb, "config", "pm.control.power_state", "D3hot", status=2)
 
 
 def test_a_range_of_memory_into_a_file(bdf: Callable[..., str], tmp_path: Path) -> None:

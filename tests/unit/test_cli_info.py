@@ -97,6 +97,15 @@ def test_json_is_what_scripts_rely_on(kernel: FakeKernel) -> None:
             },
         ],
         "capabilities_missing": None,
+        "config": {
+            "size": 4096,
+            "rows": {
+                "000": "36 1b 10 00 06 04 10 00 02 02 08 01 00 00 00 00",
+                "030": "00 00 00 00 40 00 00 00 00 00 00 00 00 01 00 00",
+                "040": "01 70 03 00 08 00 00 00 00 00 00 00 00 00 00 00",
+                "070": "11 00 40 80 00 20 00 00 00 30 00 00 00 00 00 00",
+            },
+        },
         "iommu": {
             "group": 7,
             "members": [
@@ -138,6 +147,83 @@ def test_without_root_it_says_what_is_left_out(kernel: FakeKernel, monkeypatch: 
     assert "root" in report["capabilities_missing"]
     assert report["command"] == ["memory", "bus master", "intx disable"]
     assert "may be read by root only" in runner.invoke(app, ["info", NVME], obj=kernel).stdout
+
+
+def with_snapshot(kernel: FakeKernel, path: Path, *words: str) -> tuple[int, str]:
+    answer = runner.invoke(app, ["info", NVME, "--diff", str(path), *words], obj=kernel)
+    return answer.exit_code, answer.output
+
+
+def change(kernel: FakeKernel) -> None:
+    """What a hand or a driver does: bus mastering off, an interrupt masked, D3hot."""
+    folder = kernel.pci_devices / NVME
+    data = bytearray((folder / "config").read_bytes())
+    data[0x04] &= ~4
+    data[0x44] |= 3
+    data[0x73] |= 0x40
+    (folder / "config").write_bytes(data)
+    (folder / "power_state").write_text("D3hot\n")
+
+
+def test_what_changed_since_a_snapshot(kernel: FakeKernel, tmp_path: Path) -> None:
+    file = tmp_path / "before.json"
+    assert runner.invoke(app, ["info", NVME, "--save", str(file)], obj=kernel).exit_code == 0
+    assert json.loads(file.read_text()) == info(kernel)
+    assert with_snapshot(kernel, file) == (0, f"{NVME}: as it was\n")
+    change(kernel)
+    status, said = with_snapshot(kernel, file)
+    assert status == 1
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert "power.state D0 D3hot" in lines
+    assert "command bus master -" in lines
+    assert "config 0x004 command 06 02" in lines
+    assert "config 0x044 pm.control 08 0b" in lines
+    assert "config 0x073 msix.control+1 80 c0" in lines
+    assert "\x1b" not in said
+    status, said = with_snapshot(kernel, file, "--json")
+    report = json.loads(said)
+    assert (status, report["different"], report["config_compared"]) == (1, True, 4096)
+    assert {"path": "power.state", "before": "D0", "after": "D3hot"} in report["changes"]
+    assert report["config"][0] == {"offset": 4, "before": "06", "after": "02", "where": "command"}
+    assert {one["path"] for one in report["changes"]} == {
+        "power.state",
+        "command",
+        "capabilities[Power Management@0x40].says",
+        "capabilities[MSI-X@0x70].says",
+    }
+    ignored = ("--ignore", "power", "--ignore", "command", "--ignore", "capabilities", "--ignore", "config")
+    assert with_snapshot(kernel, file, *ignored)[0] == 0
+
+
+def test_a_capability_that_came_or_went(kernel: FakeKernel, tmp_path: Path) -> None:
+    file = tmp_path / "before.json"
+    facts = info(kernel)
+    facts["capabilities"] = facts["capabilities"][:1]
+    facts["regions"][0]["start"] = 0
+    file.write_text(json.dumps(facts))
+    report = json.loads(with_snapshot(kernel, file, "--json")[1])
+    assert {"path": "capabilities[MSI-X@0x70].name", "before": None, "after": "MSI-X"} in report["changes"]
+    assert {"path": "regions[BAR0].start", "before": 0, "after": 0xFEBF0000} in report["changes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not what"),
+        ("[]", "not what"),
+        ('{"format": 9}', "format 9"),
+        ('{"format": 1}', "not what"),
+        (None, "No such"),
+    ],
+)
+def test_files_that_are_no_snapshot(kernel: FakeKernel, tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "x.json"
+    if text is not None:
+        file.write_text(text)
+    status, said = with_snapshot(kernel, file)
+    assert status == 2
+    assert message in said
+    assert runner.invoke(app, ["info", NVME, "--save", "/nonexistent/x"], obj=kernel).exit_code == 1
 
 
 def test_what_is_not_there(kernel: FakeKernel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vfiopy.cli.common import console, print_json, refusals_told, system_of
+from vfiopy.cli.complete import complete_address
+from vfiopy.cli.info_diff import compare, config_rows, load_snapshot, print_changes, save_snapshot
 from vfiopy.cli.list import describe_function
 from vfiopy.errors import PermissionDeniedError
 from vfiopy.pci import Function, function
@@ -24,17 +27,37 @@ __all__ = ["describe", "run_info"]
 
 def run_info(
     context: typer.Context,
-    address: Annotated[str, typer.Argument(help="PCI address, such as 0000:00:05.0.")],
+    address: Annotated[str, typer.Argument(help="PCI address, such as 0000:00:05.0.", autocompletion=complete_address)],
+    save: Annotated[
+        Path | None, typer.Option(help="Write it to this file too, to compare with later.", dir_okay=False)
+    ] = None,
+    diff: Annotated[
+        Path | None, typer.Option(help="Show what differs from this file that --save or --json wrote.", dir_okay=False)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="With --diff: a path that does not count, such as power; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show one function: regions, capabilities in words, interrupts, IOMMU. Does not open it.
 
-    Without root the kernel shows only the first 64 bytes of configuration space, so capabilities are left out.
+    Without root the kernel shows only the first 64 bytes of configuration space, so capabilities are left out. Exit
+    status 1 when --diff finds a difference.
     """
+    before = None if diff is None else load_snapshot(diff)
     with refusals_told():
-        facts = describe(function(address, system=system_of(context)))
+        facts = {"format": 1, **describe(function(address, system=system_of(context)))}
+    if save is not None:
+        save_snapshot(save, facts)
+    if before is not None:
+        answer = {"format": 1, "address": facts["address"], **compare(before, facts, ignore or [])}
+        if as_json:
+            print_json(answer)
+        else:
+            print_changes(console(), answer, facts["address"])
+        raise typer.Exit(1 if answer["different"] else 0)
     if as_json:
-        print_json({"format": 1, **facts})
+        print_json(facts)
     else:
         _print(console(), facts)
 
@@ -74,6 +97,7 @@ def describe(one: Function) -> dict[str, Any]:
             for each in several
         ],
         "capabilities_missing": missing,
+        "config": config_rows(one.read_config(0, 4096)),
         "iommu": _iommu(one),
     }
 
