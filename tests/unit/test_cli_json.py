@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pci_tree import FakeKernel
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import vfiopy
 from vfiopy.cli.app import app
 
 runner = CliRunner()
@@ -125,8 +128,17 @@ def test_list(kernel: FakeKernel) -> None:
 
 def test_info(kernel: FakeKernel) -> None:
     check_schema(
-        "info", *(said("info", one, kernel=kernel) for one in (NVME, NIC, VF)), keyed=("interrupts.allocated",)
+        "info",
+        *(said("info", one, kernel=kernel) for one in (NVME, NIC, VF)),
+        keyed=("interrupts.allocated", "config.rows"),
     )
+
+
+def test_info_diff(kernel: FakeKernel, tmp_path: Path) -> None:
+    file = tmp_path / "before.json"
+    file.write_text(json.dumps(said("info", NVME, kernel=kernel)))
+    answer = said("info", NIC, "--diff", str(file), kernel=kernel)
+    check_schema("info+diff", answer, free=("changes[].before", "changes[].after"))
 
 
 def test_doctor(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +173,21 @@ def test_registers(tmp_path: Path) -> None:
 def test_watch() -> None:
     answer = runner.invoke(app, ["watch", "emulated:edu", "config", "status", "0", "--times", "1", "--json"])
     check_schema("watch", *(json.loads(line) for line in answer.stdout.splitlines()))
+
+
+def test_new_device(tmp_path: Path) -> None:
+    check_schema("new-device", said("new-device", "my-device", "--folder", str(tmp_path)))
+
+
+def test_serve(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "vfiopy", "serve", "edu", "--socket", str(tmp_path / "edu.sock"), "--json"]
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            lines = list(iter(server.stdout.readline, "}\n"))
+            answer = json.loads("".join([*lines, "}"]))
+            check_schema("serve", answer)
+            with vfiopy.open(answer["vfiopy"]) as device:
+                assert device.bars[0].read32(0) == 0x010000ED
+        finally:
+            server.terminate()

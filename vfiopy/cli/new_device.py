@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from vfiopy.cli.common import print_json
+
 __all__ = ["run_new_device"]
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -17,6 +19,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 def run_new_device(
     name: Annotated[str, typer.Argument(help="What to call it, in lower case with hyphens: my-device.")],
     folder: Annotated[Path, typer.Option(help="Where to put the file.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Write the beginning of an emulated device of your own: it runs, with registers, DMA and an interrupt."""
     if _NAME.fullmatch(name) is None:
@@ -36,4 +39,7 @@ def run_new_device(
     except OSError as error:
         typer.echo(f"vfiopy: {path}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{path}: try it with: python {path} /tmp/{name}.sock")
+    if as_json:
+        print_json({"format": 1, "file": str(path), "name": name})
+    else:
+        typer.echo(f"{path}: try it with: python {path} /tmp/{name}.sock")

@@ -16,7 +16,8 @@ import typer
 
 import vfiopy
 from vfiopy import vfio_user
-from vfiopy.cli.common import refusals_told
+from vfiopy.cli.common import print_json, refusals_told
+from vfiopy.cli.complete import complete_target
 from vfiopy.emulated import PciDevice
 from vfiopy.emulated.nvme import Namespace, Nvme
 
@@ -35,7 +36,10 @@ def _bytes(text: str) -> int:
 
 def run_serve(
     target: Annotated[
-        str, typer.Argument(help="An emulated device (edu, nvme), or a PCI address bound to vfio-pci.")
+        str,
+        typer.Argument(
+            help="An emulated device (edu, nvme), or a PCI address bound to vfio-pci.", autocompletion=complete_target
+        ),
     ],
     socket: Annotated[Path, typer.Option(help="Where to listen; its folder is made with mode 0700.")],
     image: Annotated[
@@ -50,6 +54,7 @@ def run_serve(
     trust_files: Annotated[
         bool, typer.Option(help="Map memory files that the client could make shorter: it can then end the server.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else, when it listens.")] = False,
 ) -> None:
     """Offer a device on a vfio-user socket, for QEMU or vfiopy, until Ctrl-C or SIGTERM."""
     name = target if ":" in target else f"emulated:{target}"
@@ -65,17 +70,27 @@ def run_serve(
             _device(name, image or [], size, block_size, read_only) as device,
             vfiopy.serve(device, socket, limits=vfio_user.Limits(trust_files=trust_files), guarded=True) as server,
         ):
-            # JSON and paths must stay in one piece, whatever the width of the terminal
-            typer.echo(f"serving {name} at {socket}")
-            typer.echo(f"QEMU:   -device {shlex.quote(server.qemu_option)}")
-            typer.echo("        share its memory, or every DMA is a message: -m SIZE -machine memory-backend=ram \\")
-            typer.echo("        -object memory-backend-memfd,id=ram,size=SIZE,share=on")
-            typer.echo(f"vfiopy: vfiopy.open('vfio-user:{socket.absolute()}')")
-            sys.stdout.flush()
+            _tell(name, socket, server.qemu_option, as_json)
             with suppress(KeyboardInterrupt):
                 server.run()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _tell(name: str, socket: Path, qemu_option: str, as_json: bool) -> None:
+    """Say that it listens, and how to use it."""
+    here = f"vfio-user:{socket.absolute()}"
+    if as_json:
+        answer = {"target": name, "socket": str(socket.absolute()), "vfiopy": here, "qemu_device": qemu_option}
+        print_json({"format": 1, **answer})
+    else:
+        # the option and the paths must stay in one piece, whatever the width of the terminal
+        typer.echo(f"serving {name} at {socket}")
+        typer.echo(f"QEMU:   -device {shlex.quote(qemu_option)}")
+        typer.echo("        share its memory, or every DMA is a message: -m SIZE -machine memory-backend=ram \\")
+        typer.echo("        -object memory-backend-memfd,id=ram,size=SIZE,share=on")
+        typer.echo(f"vfiopy: vfiopy.open('{here}')")
+    sys.stdout.flush()
 
 
 @contextmanager
