@@ -10,11 +10,14 @@ import typer
 
 from vfiopy import pci
 from vfiopy.cli.common import print_json, refusals_told, system_of
+from vfiopy.cli.complete import complete_address
 from vfiopy.pci import Function, PciAddress, System
 
 __all__ = ["run_bind", "run_restore", "run_unbind"]
 
-_Addresses = Annotated[list[str], typer.Argument(help="PCI addresses, such as 0000:00:05.0.")]
+_Addresses = Annotated[
+    list[str], typer.Argument(help="PCI addresses, such as 0000:00:05.0.", autocompletion=complete_address)
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -92,7 +95,10 @@ def run_unbind(
 
 def run_restore(
     context: typer.Context,
-    address: Annotated[str | None, typer.Argument(help="PCI address; left out: everything vfiopy bound.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Argument(help="PCI address; left out: everything vfiopy bound.", autocompletion=complete_address),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Undo what vfiopy did: drivers, overrides, virtual functions, owners of nodes, bindings for each boot."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vfiopy.cli.common import console, print_json, refusals_told, system_of
+from vfiopy.cli.complete import complete_address
 from vfiopy.doctor import (
     Finding,
     Fix,
@@ -35,7 +36,10 @@ _COLOURS = {Severity.BLOCKS: "bold red", Severity.LIMITS: "yellow", Severity.NOT
 def run_doctor(
     context: typer.Context,
     address: Annotated[
-        str | None, typer.Argument(help="PCI address; left out: the machine, and each device bound to VFIO.")
+        str | None,
+        typer.Argument(
+            help="PCI address; left out: the machine, and each device bound to VFIO.", autocompletion=complete_address
+        ),
     ] = None,
     log: Annotated[bool, typer.Option("--log", help="Look through the kernel's log too.")] = False,
     log_file: Annotated[

@@ -9,6 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from vfiopy.cli.common import console, print_json, refusals_told, system_of
+from vfiopy.cli.complete import complete_address
 from vfiopy.errors import DeviceGoneError, PciAddressError
 from vfiopy.pci import Function, find
 from vfiopy.pci.readiness import State, readiness
@@ -31,7 +32,10 @@ _COLOURS = {
 def run_list(
     context: typer.Context,
     address: Annotated[
-        str | None, typer.Argument(help="One PCI address, such as 0000:00:05.0; left out: all functions.")
+        str | None,
+        typer.Argument(
+            help="One PCI address, such as 0000:00:05.0; left out: all functions.", autocompletion=complete_address
+        ),
     ] = None,
     class_code: Annotated[
         str | None, typer.Option("--class", help="Class: a word such as nvme, or 2, 4 or 6 hexadecimal digits.")

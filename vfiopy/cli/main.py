@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from vfiopy.cli import bash_words
+
 __all__ = ["main"]
 
 
@@ -16,4 +18,7 @@ def main() -> None:
             raise
         sys.stderr.write(f"the command line needs {error.name}: pip install 'vfiopy[cli]'\n")
         raise SystemExit(2) from None
-    app()
+    if bash_words.is_bash():
+        bash_words.complete(app)
+    else:
+        app()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vfiopy import selftest
 from vfiopy.cli.common import console, print_json
+from vfiopy.cli.complete import complete_target
 from vfiopy.selftest.runner import ALL_BACKENDS
 
 __all__ = ["run_selftest"]
@@ -22,7 +23,9 @@ _COLOURS = {
 
 
 def run_selftest(
-    target: Annotated[str, typer.Argument(help="PCI address bound to vfio-pci, or emulated:edu.")],
+    target: Annotated[
+        str, typer.Argument(help="PCI address bound to vfio-pci, or emulated:edu.", autocompletion=complete_target)
+    ],
     backend: Annotated[
         list[str] | None,
         typer.Option(help=f"Way to reach it: {', '.join(ALL_BACKENDS)}; may be repeated; 'all' for each of them."),
