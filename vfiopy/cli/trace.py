@@ -113,7 +113,9 @@ def run_trace(
     options = {"only": only or [], "devices": device or [], "contents": contents, "sync": sync}
     try:
         sink = JsonLines(sys.stdout) if as_json else _sink(out, form)
-        result = collect(_command_line(command), sink, options=options, stdout=sys.stderr if as_json else None)
+        result = collect(
+            _command_line(command), sink, options=options, stdout=sys.stderr if as_json else None
+        )
     except OSError as error:
         typer.echo(f"vfiopy: {error.filename or command[0]}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
