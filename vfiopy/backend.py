@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vfiopy.signals import MemorySignals
 
 __all__ = [
+    "Adviser",
     "Area",
     "BarPort",
     "BookReader",
@@ -263,6 +264,14 @@ class Placer(Protocol):
 
     def place(self, memory: Memory) -> int:
         """Return that IOVA; raises MemoryKindError where this memory cannot be used at all."""
+
+
+@runtime_checkable
+class Adviser(Protocol):
+    """A mapper that does best where memory has a certain IOVA, and takes any other."""
+
+    def advise(self, memory: Memory, limit: int) -> int | None:
+        """Return that IOVA, where there is one up to ``limit``, the last that may be used."""
 
 
 @runtime_checkable

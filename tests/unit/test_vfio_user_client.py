@@ -217,15 +217,6 @@ def test_a_space_with_two_kinds_of_devices(path: Path) -> None:
         early.free()
 
 
-def test_too_many_maps_are_refused_before_the_server_sees_them(path: Path) -> None:
-    with serving(Edu(), path, limits=vfio_user.Limits(max_dma_maps=16)), vfiopy.open(f"vfio-user:{path}") as device:
-        buffers = [device.dma.allocate(PAGE) for _ in range(16)]
-        with pytest.raises(vfiopy.NoSpaceError):
-            device.dma.allocate(PAGE)
-        for buffer in buffers:
-            buffer.free()
-
-
 def test_requests_are_served_while_others_wait(edu: tuple[EduDriver, Edu]) -> None:
     """Threads that read registers, and a device that reads memory by messages, at the same time."""
     driver, card = edu

@@ -7,7 +7,18 @@ from functools import reduce
 from threading import RLock
 from typing import Any, Protocol, cast
 
-from vfiopy.backend import BookReader, FileMemory, IovaRange, Mapper, Memory, MemoryKind, MemorySource, Placer, Prot
+from vfiopy.backend import (
+    Adviser,
+    BookReader,
+    FileMemory,
+    IovaRange,
+    Mapper,
+    Memory,
+    MemoryKind,
+    MemorySource,
+    Placer,
+    Prot,
+)
 from vfiopy.errors import MemoryKindError, NotMappedError
 from vfiopy.iova import STATE_LIVE, STATE_UNKNOWN, IovaMapping, IovaSpace
 
@@ -189,6 +200,13 @@ class MapperSet:
             if isinstance(mapper, Placer):
                 return mapper.place(memory)
         return -1
+
+    def advise(self, memory: Memory, limit: int) -> int | None:
+        """Return the IOVA that a mapper would like best, if any; others may be against it."""
+        for mapper in self.in_python:
+            if isinstance(mapper, Adviser) and (iova := mapper.advise(memory, limit)) is not None:
+                return iova
+        return None
 
     def map(self, memory: Memory, prot: Prot, arguments: tuple[Any, ...]) -> tuple[int, int]:
         """Map everywhere or nowhere; return the IOVA and the mapping's serial number."""

@@ -10,7 +10,7 @@ from vfiopy._native import SpaceBase
 from vfiopy.backend import Copier, DeviceWindow, FileMemory, Mapper, Memory, Prot
 from vfiopy.dma.mappers import MapperSet
 from vfiopy.dma.mapping import Mapping
-from vfiopy.errors import IovaRangeError, VfioError
+from vfiopy.errors import IovaRangeError, OverlapError, VfioError
 from vfiopy.iova import IovaSpace
 from vfiopy.lives import Resource, drain_finalizers
 from vfiopy.observing import Observer
@@ -74,6 +74,12 @@ class PeerMemory(Resource, SpaceBase):
             mapping = self._map_memory(*arguments)
             if mapping is not None:  # else a mapper in Python joined since we looked
                 return mapping
+        free = wanted < 0 and not (transient and self.book.transient())
+        advised = self._mappers.advise(ready, limit) if free else None
+        if advised is not None and not advised & max(alignment - 1, 0):
+            with suppress(OverlapError, IovaRangeError):  # then wherever there is room
+                at, serial = self._mappers.map(ready, rights, _arguments(ready, rights, advised, limit, alignment))
+                return Mapping(self, at, ready.size, ready.address, rights, serial)
         at, serial = self._mappers.map(ready, rights, arguments)
         return Mapping(self, at, ready.size, ready.address, rights, serial)
 

@@ -13,17 +13,25 @@ from vfiopy.backend import FileMemory
 from vfiopy.file_window import FileWindow, sealed_memfd
 from vfiopy.lives import drain_finalizers, retire
 
-__all__ = ["Arenas"]
+__all__ = ["Arena", "ArenaSlice", "Arenas"]
 
 _PAGE: Final = mmap.PAGESIZE
 _ARENA: Final = 64 << 20  # bytes of address space; memory is taken page by page, when it is touched
 _ALIGNED: Final = 2 << 20
+_FIXED: Final = 4  # arenas of the usual size: four fit below 256 MiB, which some devices reach no further than
 
 
-class _Arena:
-    """One memfd, mapped, with a list of what is free in it: (offset, size), sorted."""
+class Arena:
+    """One memfd, mapped, with a list of what is free in it: (offset, size), sorted.
+
+    Attributes:
+        fd: the memfd.
+        size: bytes.
+        window: where it is mapped in this process.
+    """
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self.fd = sealed_memfd("vfiopy-dma", size)
         weakref.finalize(self, os.close, self.fd).atexit = False
         self.window = FileWindow(self.fd, 0, size, inherit=False)
@@ -52,10 +60,16 @@ class _Arena:
         self.free = merged
 
 
-class _Slice:
-    """Pages of an arena; goes back when the last view of it is gone. numpy views it by ``__array_interface__``."""
+class ArenaSlice:
+    """Pages of an arena; goes back when the last view of it is gone. numpy views it by ``__array_interface__``.
 
-    def __init__(self, arenas: Arenas, arena: _Arena, offset: int, size: int) -> None:
+    Attributes:
+        arena: the arena.
+        offset: of its first byte in the arena.
+        size: bytes.
+    """
+
+    def __init__(self, arenas: Arenas, arena: Arena, offset: int, size: int) -> None:
         self.arena = arena
         self.offset = offset
         self.size = size
@@ -75,12 +89,16 @@ class _Slice:
 class Arenas:
     """Gives out zeroed memory that has a file descriptor.
 
+    An arena is address space: memory is taken page by page, when it is touched, and given back with each buffer. The
+    first four have 64 MiB, or as much as one buffer needs; later ones half of all before them together, so that few are
+    enough for any amount. An arena that nobody uses goes, but for the last one.
+
     Threads: any.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._arenas: list[_Arena] = []
+        self._arenas: list[Arena] = []
         self._open = True
 
     def __bool__(self) -> bool:
@@ -101,23 +119,25 @@ class Arenas:
         """
         with self._lock:
             arena, offset = self._find(size)
-        piece = _Slice(self, arena, offset, size)
+        piece = ArenaSlice(self, arena, offset, size)
         return FileMemory(arena.fd, offset, size, True, arena.window.address + offset, piece)
 
-    def _find(self, size: int) -> tuple[_Arena, int]:
+    def _find(self, size: int) -> tuple[Arena, int]:
         for arena in self._arenas:
             offset = arena.take(size)
             if offset is not None:
                 return arena, offset
-        arena = _Arena(max(_ARENA, -(-size // _ALIGNED) * _ALIGNED))
+        together = sum(arena.size for arena in self._arenas)
+        growth = together // 2 if len(self._arenas) >= _FIXED else 0
+        arena = Arena(-(-max(_ARENA, growth, size) // _ALIGNED) * _ALIGNED)
         self._arenas.append(arena)
         arena.take(size)
         return arena, 0
 
-    def _give_back(self, arena: _Arena, offset: int, size: int) -> None:
+    def _give_back(self, arena: Arena, offset: int, size: int) -> None:
         with self._lock:
             if arena not in self._arenas:
                 return
             arena.give_back(offset, size)
-            if arena.free == [(0, arena.window.size)] and len(self._arenas) > 1:
+            if arena.free == [(0, arena.size)] and len(self._arenas) > 1:
                 self._arenas.remove(arena)

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 from vfiopy.backend import FileMemory, IovaRange, KernelTarget, MapperTraits, Memory, MemoryKind, Prot
-from vfiopy.errors import DeviceGoneError, ProtocolError, VfioError
+from vfiopy.errors import DeviceGoneError, NoSpaceError, OverlapError, ProtocolError, VfioError
 from vfiopy.memory_view import view_of
 from vfiopy.vfio_user import wire
-from vfiopy.vfio_user.arena import Arenas
+from vfiopy.vfio_user.arena import Arenas, ArenaSlice
+from vfiopy.vfio_user.arena_windows import ArenaWindows, Window
 from vfiopy.vfio_user.connection import Connection
 from vfiopy.vfio_user.wire import Command, MapFlag, UnmapFlag
 
@@ -21,6 +22,7 @@ __all__ = ["VfioUserMapper"]
 
 _RANGES: Final = (IovaRange(0, (1 << 48) - 1),)  # a device may have no more address lines than a PC's IOMMU
 _MAX_DATA: Final = 1 << 20
+_FEW: Final = 1024  # mappings, up to which a server gets whole arenas: a driver may well have more buffers
 _PAGE: Final = 4096
 
 TellDirty = Callable[[int, int, int, bytes], object]
@@ -40,6 +42,9 @@ class VfioUserMapper:
     What has a file descriptor goes to the server with it, and the server maps it. Everything else (buffers of this
     process, also a BAR of another device) is read and written for the server when it asks.
 
+    A server that takes few mappings has buffers as whole arenas: see :class:`~vfiopy.vfio_user.arena_windows.Window`.
+    Its device then reaches all of an arena for as long as one buffer of it is mapped.
+
     Threads: any.
     """
 
@@ -52,13 +57,20 @@ class VfioUserMapper:
         self._starts: list[int] = []
         self._entries: list[_Entry] = []
         self._connection: Connection | None = None
+        self._windows = ArenaWindows()
+        self._inside: dict[int, Window] = {}  # by the IOVA of the buffer
+        self._announcing = threading.Lock()  # of the windows, held while the server is asked
         self._tell: TellDirty | None = None
 
     def attach(self, connection: Connection) -> None:
         """Take the connection to announce mappings on, and announce those that there are: after a reconnect too."""
         self._connection = connection
+        with self._announcing:
+            for window in self._windows:
+                self._announce_window(window)
         for entry in list(self._entries):
-            self._announce(entry)
+            if entry.iova not in self._inside:
+                self._announce(entry)
 
     @property
     def name(self) -> str:
@@ -74,7 +86,21 @@ class VfioUserMapper:
         """Pages and number of mappings that the server announced; memory of every kind that is in this process."""
         peer = self._peer()
         kinds = frozenset({MemoryKind.HOST, MemoryKind.FILE, MemoryKind.MMIO, MemoryKind.REMOTE})
-        return MapperTraits(peer.peer.pgsizes, peer.peer.max_dma_maps, kinds)
+        return MapperTraits(peer.peer.pgsizes, 0 if self._gathers else peer.peer.max_dma_maps, kinds)
+
+    @property
+    def _gathers(self) -> bool:
+        """The server takes so few mappings that it gets whole arenas."""
+        return self._peer().peer.max_dma_maps <= _FEW and self._peer().peer.max_msg_fds > 0
+
+    def advise(self, memory: Memory, limit: int) -> int | None:
+        """Say which IOVA is best: see :class:`vfiopy.backend.Adviser`."""
+        if not self._gathers:
+            return None
+        with self._announcing:
+            if isinstance(memory.owner, ArenaSlice) and (iova := self._windows.advise(memory.owner, limit)) is not None:
+                return iova
+            return self._windows.advise_alone(memory.size, limit) if len(self._windows) else None
 
     def ranges(self) -> list[IovaRange]:
         """48 bits."""
@@ -100,10 +126,60 @@ class VfioUserMapper:
         entry = _Entry(iova, memory.size, prot, memory)
         self._insert(entry)  # first: the device may use it before the reply is here
         try:
-            self._announce(entry)
+            with self._announcing:
+                if not (self._gathers and self._enter(entry)):
+                    self._map_alone(entry)
         except BaseException:
             self._remove(iova)
             raise
+
+    def _enter(self, entry: _Entry) -> bool:
+        """Map a buffer by its arena; return whether that is possible."""
+        piece = entry.memory.owner
+        window = self._windows.enter(piece, entry.iova) if isinstance(piece, ArenaSlice) else None
+        if window is None:
+            return False  # its arena is elsewhere, or something lies in between
+        self._inside[entry.iova] = window
+        try:
+            if window.users == 1:
+                self._check_room(1)
+                self._announce_window(window)
+        except BaseException:
+            del self._inside[entry.iova]
+            self._windows.leave(window)
+            raise
+        return True
+
+    def _announce_window(self, window: Window) -> None:
+        arena = window.arena
+        memory = FileMemory(arena.fd, 0, arena.size, True, arena.window.address, arena)
+        self._announce(_Entry(window.iova, arena.size, Prot.RW, memory))
+
+    def _map_alone(self, entry: _Entry) -> None:
+        window = self._windows.find(entry.iova, entry.size)
+        if window is not None:
+            raise OverlapError(
+                f"IOVA {entry.iova:#x} lies where the server has an arena of DMA buffers: "
+                f"{window.iova:#x} to {window.end - 1:#x}",
+                errno=errno.EEXIST,
+                object=self._name,
+                hint="choose another IOVA, or map this before buffers are allocated; this server takes few mappings, "
+                "so that it has buffers as whole arenas",
+            )
+        self._check_room(0)
+        self._announce(entry)
+        self._windows.add_single(entry.iova, entry.size)
+
+    def _check_room(self, counted: int) -> None:
+        """Refuse what the server would; for a server of many mappings the book does."""
+        most = self._peer().peer.max_dma_maps
+        if self._gathers and len(self._windows) - counted >= most:
+            raise NoSpaceError(
+                f"the server takes {most} mappings",
+                errno=errno.ENOSPC,
+                object=self._name,
+                hint="use device.dma.allocate(): buffers of its own take one mapping for many",
+            )
 
     def _announce(self, entry: _Entry) -> None:
         flags = MapFlag(int(entry.prot))
@@ -121,6 +197,21 @@ class VfioUserMapper:
             PinnedError: its device still uses the memory.
             VfioError: it refuses, or does not answer; it still has the memory then.
         """
+        with self._announcing:
+            window = self._inside.get(iova)
+            if window is None:
+                self._take_back(iova, size)
+                if iova in self._starts:
+                    self._windows.drop_single(iova, size)
+            else:
+                if window.users == 1:
+                    self._take_back(window.iova, window.arena.size)
+                del self._inside[iova]
+                self._windows.leave(window)
+        self._remove(iova)
+        return size
+
+    def _take_back(self, iova: int, size: int) -> None:
         connection = self._connection
         if connection is not None and connection.alive:
             try:
@@ -128,8 +219,6 @@ class VfioUserMapper:
             except DeviceGoneError:
                 if connection.alive:  # it answers, but says EIO
                     raise
-        self._remove(iova)
-        return size
 
     def _take_away(self, connection: Connection, iova: int, size: int) -> None:
         detail = f"iova {iova:#x}, size {size:#x}"
@@ -158,7 +247,8 @@ class VfioUserMapper:
         its device for it when nobody uses the memory any more. The log has to be on
         (VFIO_DEVICE_FEATURE_DMA_LOGGING_START, through ``device.io.feature``): without it nothing can be unmapped.
 
-        Of what goes because the server has gone, nothing is told.
+        Of what goes because the server has gone, nothing is told; of a buffer that the server has with the whole of its
+        arena, when the arena goes.
         """
         self._tell = tell
 
@@ -179,6 +269,9 @@ class VfioUserMapper:
         with self._lock:
             self._starts.clear()
             self._entries.clear()
+        with self._announcing:
+            self._windows = ArenaWindows()
+            self._inside.clear()
         self._arenas.close()
 
     # --- the server's requests ---------------------------------------------------------------------------------------
