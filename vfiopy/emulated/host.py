@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from vfiopy.backend import (
+    FileMemory,
+    HostMemory,
     IovaRange,
     IrqIndex,
     KernelTarget,
@@ -130,15 +134,46 @@ class EmulatedHost:
 
     # --- DMA -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def access(self, iova: int, size: int, prot: Prot) -> Iterator[list[memoryview]]:
+    def access(self, iova: int, size: int, prot: Prot) -> AbstractContextManager[list[memoryview]]:
         """Pin a range for the length of a ``with`` block and yield views of it, in order; read-only without WRITE.
 
         The views end with the block. Do nothing slow inside it.
 
         Raises:
-            NotMappedError: not all of it is mapped with this protection; the device's ``faults`` has it.
+            NotMappedError: (from the ``with``) not all of it is mapped with this protection; the device's ``faults``
+                has it.
         """
+        return _Access(self, iova, size, prot)
+
+    def plain(self, iova: int, size: int, prot: Prot) -> tuple[IovaSpace, int, memoryview] | None:
+        """Pin a range that is one piece of this process's memory, and return book, owner and a view; else None.
+
+        Raises:
+            NotMappedError: as :meth:`access` does.
+        """
+        book, owner = self._book, self._owner
+        if book is None or not size or iova + size > 1 << 64:
+            return None
+        try:
+            book.pin(iova, size, prot, owner, peer=True)
+        except VfioError as error:
+            raise self._fault(iova, size, prot, error.meaning) from error
+        try:
+            found = book.check(iova, size, prot)
+            if len(found) == 1:
+                address, length, memory = found[0]
+                if isinstance(memory, HostMemory) or (isinstance(memory, FileMemory) and memory.address):
+                    view = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+                    return book, owner, view if Prot.WRITE in prot else view.toreadonly()
+        except BaseException:
+            book.unpin(iova, size, owner)
+            raise
+        book.unpin(iova, size, owner)
+        return None
+
+    @contextmanager
+    def pieces(self, iova: int, size: int, prot: Prot) -> Iterator[list[memoryview]]:
+        """Do what :meth:`access` does, whatever the memory is and however many pieces it has."""
         book = self._book
         if book is None:
             raise self._fault(iova, size, prot, "the device is in no address space")
@@ -200,6 +235,40 @@ class EmulatedHost:
     def deassert(self) -> None:
         """Take INTx back."""
         self._irqs.deassert()
+
+
+class _Access:
+    """What :meth:`EmulatedHost.access` returns. Written out, for each DMA of each device comes through here."""
+
+    __slots__ = ("_found", "_host", "_range", "_slowly")
+
+    def __init__(self, host: EmulatedHost, iova: int, size: int, prot: Prot) -> None:
+        self._host = host
+        self._range = iova, size, prot
+        self._found: tuple[IovaSpace, int, memoryview] | None = None
+        self._slowly: AbstractContextManager[list[memoryview]] | None = None
+
+    def __enter__(self) -> list[memoryview]:
+        self._found = self._host.plain(*self._range)
+        if self._found is not None:
+            return [self._found[2]]
+        self._slowly = self._host.pieces(*self._range)
+        return self._slowly.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if self._found is None:
+            return self._slowly.__exit__(kind, error, trace) if self._slowly is not None else None
+        book, owner, view = self._found
+        iova, size, _ = self._range
+        try:
+            if not view.readonly:  # whatever of it was written
+                self._host.log.note(iova, size)
+            view.release()
+        finally:
+            book.unpin(iova, size, owner)
+        return None
 
 
 class _Patient(RemoteMemory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from random import Random
 from typing import ClassVar
 
@@ -141,17 +141,15 @@ class PciDevice:
         self._life += 1
         self.engine.cancel()
 
-    @contextmanager
-    def dma(self, iova: int, size: int, prot: Prot) -> Iterator[list[memoryview]]:
+    def dma(self, iova: int, size: int, prot: Prot) -> AbstractContextManager[list[memoryview]]:
         """Pin a range for the length of a ``with`` block and yield views of it, in order.
 
         Raises:
             NotMappedError: it is not mapped with this protection, or bus mastering is off; ``faults`` has it.
             StateError: called from a register handler.
         """
-        self._check_dma(iova, size, bool(prot & Prot.WRITE))
-        with self.host.access(iova, size, prot) as views:
-            yield views
+        self._check_dma(iova, size, Prot.WRITE in prot)
+        return self.host.access(iova, size, prot)
 
     def dma_read(self, iova: int, size: int) -> bytes:
         """Read memory; raises as :meth:`dma` does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from vfiopy.backend import Prot
 from vfiopy.emulated.nvme.command import RefusedError
@@ -42,9 +42,8 @@ class Memory:
             self.window = range(base, base + size)
         return True
 
-    @contextmanager
-    def access(self, iova: int, size: int, prot: Prot) -> Iterator[list[memoryview]]:
-        """Yield views of a range, in order, for the length of a ``with`` block.
+    def access(self, iova: int, size: int, prot: Prot) -> AbstractContextManager[list[memoryview]]:
+        """Give views of a range, in order, for the length of a ``with`` block.
 
         Raises:
             NotMappedError: the host has nothing there.
@@ -55,19 +54,17 @@ class Memory:
             if iova < window.start or iova + size > window.stop or self._buffer is None:
                 raise RefusedError(Code.INVALID_CMB_USE)
             start = iova - window.start
-            with self._buffer[start : start + size] as view:
-                yield [view]
-        else:
-            with self._device.dma(iova, size, prot) as views:
-                yield views
+            return nullcontext([self._buffer[start : start + size]])
+        return self._device.dma(iova, size, prot)
+
+    def gather(self, pieces: Sequence[Piece], prot: Prot) -> AbstractContextManager[list[memoryview]]:
+        """Give views of all parts of a command's data; raises as :meth:`access` does."""
+        if len(pieces) == 1 and pieces[0][0] is not None:
+            return self.access(pieces[0][0], pieces[0][1], prot)
+        return self._gather(pieces, prot)
 
     @contextmanager
-    def gather(self, pieces: Sequence[Piece], prot: Prot) -> Iterator[list[memoryview]]:
-        """Yield views of all parts of a command's data; raises as :meth:`access` does."""
-        if len(pieces) == 1 and pieces[0][0] is not None:
-            with self.access(pieces[0][0], pieces[0][1], prot) as views:
-                yield views
-            return
+    def _gather(self, pieces: Sequence[Piece], prot: Prot) -> Iterator[list[memoryview]]:
         with ExitStack() as stack:
             found: list[memoryview] = []
             for iova, size in pieces:
