@@ -2,12 +2,14 @@
 """Drive an NVMe controller from Python: read what the kernel's own driver wrote, check every byte, write and read back.
 
     sudo python examples/nvme_read.py 0000:00:06.0
+    python examples/nvme_read.py emulated:nvme           # no hardware, no root: or vfio-user:PATH
 
 In four steps: the kernel's nvme driver writes a pattern to the disk; the function is handed to vfio-pci; this script
 resets the controller, makes its queues, reads the pattern and writes one of its own; the function goes back, and the
 kernel reads that. THE DISK IS OVERWRITTEN from --offset on. A disk that is in use or not blank is refused.
 
-The steps can be run one by one: --only prepare, --only run, --only verify.
+The steps can be run one by one: --only prepare, --only run, --only verify. Of a controller that is software the kernel
+knows nothing: there is one step, in which this script's driver writes and reads.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -122,11 +126,29 @@ def confirm(arguments: argparse.Namespace, disk: Path) -> None:
 # --- through this script's driver --------------------------------------------------------------------------------
 
 
+def is_software(address: str) -> bool:
+    """Whether the controller is a Python object or behind a socket: no function that the kernel has."""
+    return address.startswith(("emulated:", "vfio-user:"))
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[vfiopy.Device]:
+    """Hand the function to vfio-pci where it is one, open it, and hand it back."""
+    if is_software(arguments.address):
+        with vfiopy.open(arguments.address) as device:
+            yield device
+    else:
+        with (
+            vfiopy.bind(arguments.address, force=arguments.force),
+            vfiopy.open(arguments.address, backend=arguments.backend) as device,
+        ):
+            yield device
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Hand the function to vfio-pci, drive it, and hand it back."""
+    """Drive the controller: read what the kernel wrote, and write."""
     with (
-        vfiopy.bind(arguments.address, force=arguments.force),
-        vfiopy.open(arguments.address, backend=arguments.backend) as device,
+        opened(arguments) as device,
         nvme.Controller(device, interrupts=arguments.interrupts) as controller,
     ):
         info = controller.info
@@ -135,7 +157,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"         namespace 1: {disk.blocks} blocks of {disk.block_size} bytes; a command moves "
               f"{controller.max_transfer >> 10} KiB at most")  # fmt: skip
         theirs, ours = patterns(arguments)
-        compare(read(device, disk, *extent(disk, theirs)), theirs[1], "we read the kernel's pattern")
+        if not is_software(arguments.address):
+            compare(read(device, disk, *extent(disk, theirs)), theirs[1], "we read the kernel's pattern")
         # Bus-addressable memory: the controller reads and writes it by itself, nothing is copied.
         with device.dma.allocate(len(ours[1])) as buffer:
             buffer[:] = np.frombuffer(ours[1], np.uint8)
@@ -191,7 +214,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("address", metavar="BDF", help="the controller, 0000:00:06.0 for instance")
+    parser.add_argument("address", metavar="BDF", help="the controller, 0000:00:06.0 or emulated:nvme for instance")
     parser.add_argument("--only", choices=("prepare", "run", "verify"), help="one step; default: all three")
     parser.add_argument("--seed", type=int, default=1, help="of the patterns (default: %(default)s)")
     parser.add_argument("--kib", type=int, default=1024, help="size of each pattern in KiB (default: %(default)s)")
@@ -209,6 +232,11 @@ def main(words: list[str] | None = None) -> int:
     """Run the steps."""
     arguments = parse(words)
     try:
+        if is_software(arguments.address):
+            if arguments.only not in (None, "run"):
+                raise StopError(f"the kernel does not drive {arguments.address}: there is --only run")
+            run(arguments)
+            return 0
         function = vfiopy.function(arguments.address)
         if function.class_code != NVME_CLASS:
             raise StopError(f"{arguments.address} is not an NVMe controller, its class is {function.class_code:06x}")
