@@ -25,7 +25,8 @@ from vfiopy.vfio_user.wire import Command, UnmapFlag
 
 BASE = 0x10_0000
 DIRTY = int(UnmapFlag.GET_DIRTY_BITMAP)
-SET = uapi.VFIO_DEVICE_FEATURE_SET
+SET, GET = uapi.VFIO_DEVICE_FEATURE_SET, uapi.VFIO_DEVICE_FEATURE_GET
+REPORT = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT
 START, STOP = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START, uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP
 EVERYTHING = struct.pack("=QII", PAGE, 0, 0)
 
@@ -158,6 +159,37 @@ def test_the_log_ends_with_its_client(server: Server) -> None:
             assert isinstance(start_log(client), bytes)  # EINVAL where it is on
         while server.connected:
             threading.Event().wait(0.001)
+
+
+def report(client: RawClient, argsz: int, length: int) -> Any:
+    payload = wire.FEATURE.pack(argsz, GET | REPORT) + wire.DMA_REPORT.pack(BASE, length, PAGE)
+    return client.ask(Command.FEATURE, payload)
+
+
+def test_a_report_that_does_not_fit_forgets_nothing(client: RawClient, device: Everything) -> None:
+    fd = memfd(PAGE)
+    client.fds.append(fd)
+    client.map(BASE, PAGE, fd)
+    start_log(client)
+    device.dma_write(BASE, b"1")
+    for argsz in (8, 32, 32 + 7):
+        assert report(client, argsz, PAGE) == wire.FEATURE.pack(40, GET | REPORT)
+    assert report(client, 40, PAGE)[32:] == bytes([1]) + bytes(7)
+    assert report(client, 40, PAGE)[32:] == bytes(8)
+    assert report(client, 7, PAGE) == "EINVAL"
+    assert report(client, 0xFFFF_FFFF, PAGE << 24) == "EINVAL"  # a bitmap of more than 1 MiB
+
+
+def test_a_large_report_reaches_the_client(tmp_path: Path) -> None:
+    card = Edu(delay=(0.0, 0.0))
+    with serving(card, tmp_path / "socket"), vfiopy.open(f"vfio-user:{tmp_path / 'socket'}") as far:
+        far.bus_master = True
+        with far.dma.allocate(PAGE) as buffer:
+            far.io.feature(START, SET, EVERYTHING)
+            EduDriver(far).store(buffer.iova, 16)
+            length = 1 << 30  # 32 KiB of bitmap: more than the client's first guess of a reply's size
+            answer = far.io.feature(REPORT, GET, wire.DMA_REPORT.pack(buffer.iova, length, PAGE))
+            assert answer[24:] == b"\1" + bytes((32 << 10) - 1)
 
 
 def test_the_clients_side(tmp_path: Path) -> None:

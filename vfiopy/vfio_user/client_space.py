@@ -67,6 +67,7 @@ class ClientSpace:
                 (EACCES) a file that is not open for that; (ENOSPC) too many mappings.
         """
         record = wire.DMA_MAP.unpack(payload)
+        wire.check_argsz(record.argsz, wire.DMA_MAP.size)
         prot = Prot(record.flags & Prot.RW)
         if not prot or record.flags & ~_KNOWN:
             raise wire.malformed(f"DMA_MAP with flags {record.flags:#x}")
@@ -93,6 +94,7 @@ class ClientSpace:
             VfioError: (EINVAL) no size, beyond 64 bits, or unknown flags.
         """
         record = wire.DMA_UNMAP.unpack(payload)
+        wire.check_argsz(record.argsz, wire.DMA_UNMAP.size)
         if record.flags & ~_KNOWN_OF_UNMAP:
             raise wire.malformed(f"DMA_UNMAP with flags {record.flags:#x}")
         if record.flags & wire.UnmapFlag.ALL:

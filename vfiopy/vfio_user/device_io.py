@@ -33,6 +33,7 @@ __all__ = ["VfioUserDeviceIo"]
 _MOST_WRITE: Final = 128 << 10  # libvfio-user loses the stream with what does not fit into the socket's buffer
 _MOST_READ: Final = 1 << 20
 _MOST_REGIONS: Final = 256
+_MOST_BITMAP: Final = 64 << 20
 _CONFIG: Final = int(RegionIndex.CONFIG)
 _BAR5: Final = int(RegionIndex.BAR5)
 
@@ -297,6 +298,10 @@ class VfioUserDeviceIo(Resource):
         """
         self.check_open()
         argsz = wire.FEATURE.size + max(len(data), FIRST_ARGSZ)
+        if number == uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT and len(data) >= wire.DMA_REPORT.size:
+            # A server that forgets what it could not tell must not be asked twice.
+            _, length, page = wire.DMA_REPORT.unpack(data)
+            argsz = min(argsz + wire.bitmap_size(length, page or 1), _MOST_BITMAP)
         while True:
             reply = self._request(Command.FEATURE, wire.FEATURE.pack(argsz, number | operation), data)
             needed = wire.FEATURE.unpack(reply).argsz

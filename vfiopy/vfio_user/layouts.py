@@ -19,6 +19,7 @@ __all__ = [
     "DIRTY_BITMAP",
     "DMA_ACCESS",
     "DMA_MAP",
+    "DMA_REPORT",
     "DMA_UNMAP",
     "FEATURE",
     "FEATURE_NUMBER",
@@ -37,6 +38,7 @@ __all__ = [
     "DirtyBitmap",
     "DmaAccess",
     "DmaMap",
+    "DmaReport",
     "DmaUnmap",
     "Feature",
     "Form",
@@ -51,6 +53,7 @@ __all__ = [
     "Version",
     "Write",
     "WriteMulti",
+    "bitmap_size",
     "malformed",
 ]
 
@@ -210,6 +213,19 @@ class MigrationData(NamedTuple):
     size: int
 
 
+class DmaReport(NamedTuple):
+    """DEVICE_FEATURE's DMA_LOGGING_REPORT; in a reply the bitmap follows."""
+
+    iova: int
+    length: int
+    page_size: int
+
+
+def bitmap_size(length: int, page_size: int) -> int:
+    """Return how many bytes a bitmap of dirty pages has: words of 64 bits."""
+    return -(-length // (64 * page_size)) * 8
+
+
 FEATURE_NUMBER: Final = 0xFFFF
 
 _Record = TypeVar("_Record", bound=tuple[Any, ...])
@@ -267,3 +283,4 @@ WRITE_MULTI: Final = Form(WriteMulti, "Q")
 WRITE: Final = Form(Write, "QII8s")
 FEATURE: Final = Form(Feature, "II")
 MIGRATION_DATA: Final = Form(MigrationData, "II")
+DMA_REPORT: Final = Form(DmaReport, "QQQ")

@@ -227,7 +227,7 @@ class VfioUserMapper:
             connection.request(Command.DMA_UNMAP, payload, detail=detail)
             return
         page = _PAGE
-        while (length := -(-size // (64 * page)) * 8) > min(_MAX_DATA, connection.peer.max_data_xfer_size):
+        while (length := wire.bitmap_size(size, page)) > min(_MAX_DATA, connection.peer.max_data_xfer_size):
             page *= 2
         question = wire.DIRTY_BITMAP.pack(page, length)
         room = wire.DMA_UNMAP.size + len(question) + length

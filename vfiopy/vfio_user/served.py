@@ -80,7 +80,7 @@ class ServedDevice:
     # --- what it is --------------------------------------------------------------------------------------------------
 
     def _get_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
-        _check_argsz(wire.DEVICE_INFO.unpack(payload).argsz, wire.DEVICE_INFO.size)
+        wire.check_argsz(wire.DEVICE_INFO.unpack(payload).argsz, wire.DEVICE_INFO.size)
         info = self._info
         flags = uapi.VFIO_DEVICE_FLAGS_PCI if info.is_pci else 0
         if info.can_reset:
@@ -89,7 +89,7 @@ class ServedDevice:
 
     def _get_region_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
         record = wire.REGION_INFO.unpack(payload)
-        _check_argsz(record.argsz, wire.REGION_INFO.size)
+        wire.check_argsz(record.argsz, wire.REGION_INFO.size)
         info, fd = self._region(record.region)
         reply = encode_region_info(info, record.argsz)
         whole = wire.REGION_INFO.unpack(reply).argsz <= record.argsz
@@ -106,7 +106,7 @@ class ServedDevice:
 
     def _get_irq_info(self, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
         record = wire.IRQ_INFO.unpack(payload)
-        _check_argsz(record.argsz, wire.IRQ_INFO.size)
+        wire.check_argsz(record.argsz, wire.IRQ_INFO.size)
         info = self.io.irq_info(record.irq)
         return (wire.IRQ_INFO.pack(wire.IRQ_INFO.size, int(info.flags), info.index, info.count),), ()
 
@@ -157,6 +157,10 @@ class ServedDevice:
         if number not in _FEATURES:
             raise NotSupportedError(f"feature {number} is not of vfio-user", errno=errno.ENOTTY)
         data = bytes(memoryview(payload)[wire.FEATURE.size :])
+        wire.check_argsz(record.argsz, wire.FEATURE.size)
+        needed = wire.FEATURE.size + self.log.report_size(number, operation, data)
+        if record.argsz < needed:
+            return (wire.FEATURE.pack(needed, record.flags),), ()
         answer = self.log.feature(number, operation, data)
         if operation != uapi.VFIO_DEVICE_FEATURE_GET:  # the request again, with what the device chose otherwise
             return (bytes(payload[: wire.FEATURE.size]), answer if len(answer) == len(data) else data), ()
@@ -168,21 +172,17 @@ class ServedDevice:
     def _migration_read(self, stream: MigrationStream, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
         record = wire.MIGRATION_DATA.unpack(payload)
         fixed = wire.MIGRATION_DATA.size
-        _check_argsz(record.argsz, fixed + record.size)
+        wire.check_argsz(record.argsz, fixed + record.size)
         if record.size > self._max_data:
             raise wire.malformed(f"MIG_DATA_READ of {record.size} bytes; {self._max_data} at a time", errno.E2BIG)
         data = stream.migration_read(record.size)
         return (wire.MIGRATION_DATA.pack(fixed + len(data), len(data)), data), ()
 
     def _migration_write(self, stream: MigrationStream, payload: bytearray, fds: list[int]) -> Reply:  # noqa: ARG002
-        size = wire.MIGRATION_DATA.unpack(payload).size
+        argsz, size = wire.MIGRATION_DATA.unpack(payload)
+        wire.check_argsz(argsz, wire.MIGRATION_DATA.size)
         data = bytes(memoryview(payload)[wire.MIGRATION_DATA.size :])
         if len(data) != size:
             raise wire.malformed(f"MIG_DATA_WRITE of {size} bytes brings {len(data)}")
         stream.migration_write(data)
         return _NOTHING
-
-
-def _check_argsz(argsz: int, least: int) -> None:
-    if argsz < least:
-        raise wire.malformed(f"argsz is {argsz}, the reply has at least {least} bytes")

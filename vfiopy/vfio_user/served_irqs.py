@@ -54,6 +54,7 @@ class ServedIrqs:
             VfioError: (EINVAL) flags, lengths or vectors that do not fit; and what the device says.
         """
         record = wire.SET_IRQS.unpack(payload)
+        wire.check_argsz(record.argsz, wire.SET_IRQS.size)
         data = record.flags & uapi.VFIO_IRQ_SET_DATA_TYPE_MASK
         action = record.flags & uapi.VFIO_IRQ_SET_ACTION_TYPE_MASK
         if data not in _DATA or action not in tuple(IrqAction) or record.flags & ~(data | action):

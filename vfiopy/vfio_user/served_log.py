@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import struct
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -18,7 +17,6 @@ __all__ = ["DirtyQuestion", "ServedLog"]
 _START: Final = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START
 _STOP: Final = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP
 _REPORT: Final = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT
-_QUESTION: Final = struct.Struct("=QQQ")  # struct vfio_device_feature_dma_logging_report: IOVA, length, page size
 _PAGE: Final = 4096
 
 
@@ -58,6 +56,14 @@ class ServedLog:
             self._on = number == _START
         return answer
 
+    def report_size(self, number: int, operation: int, data: bytes) -> int:
+        """Bytes of a report's answer, to be known before it is asked for: it forgets what it tells. 0 for others."""
+        if number != _REPORT or operation != uapi.VFIO_DEVICE_FEATURE_GET or len(data) < wire.DMA_REPORT.size:
+            return 0
+        _, length, page = wire.DMA_REPORT.unpack(data)
+        bitmap = wire.bitmap_size(length, page) if page else 0
+        return wire.DMA_REPORT.size + bitmap if bitmap <= self._max_data else 0  # no device tells more at once
+
     def stop(self) -> None:
         """Switch it off: the client that wanted it is gone."""
         if self._on:
@@ -87,8 +93,7 @@ class ServedLog:
             raise wire.malformed(f"a dirty bitmap of pages of {page:#x} bytes")
         if size > self._max_data:
             raise wire.malformed(f"a dirty bitmap of {size} bytes; {self._max_data} at a time", errno.E2BIG)
-        words = -(-record.size // (64 * page))
-        if size < 8 * words or size % 8:
+        if size < wire.bitmap_size(record.size, page) or size % 8:
             raise wire.malformed(f"a dirty bitmap of {size} bytes for {record.size:#x} bytes of memory")
         if record.argsz < len(payload) + size:
             raise wire.malformed(f"argsz is {record.argsz}, the reply has {len(payload) + size} bytes")
@@ -98,6 +103,6 @@ class ServedLog:
 
     def answer(self, question: DirtyQuestion) -> tuple[bytes, bytes]:
         """Tell what was written, and forget it: the parts that follow DMA_UNMAP's own in the reply."""
-        asked = _QUESTION.pack(question.iova, question.length, question.bitmap.page_size)
-        told = self._io.feature(_REPORT, uapi.VFIO_DEVICE_FEATURE_GET, asked)[_QUESTION.size :]
+        asked = wire.DMA_REPORT.pack(question.iova, question.length, question.bitmap.page_size)
+        told = self._io.feature(_REPORT, uapi.VFIO_DEVICE_FEATURE_GET, asked)[wire.DMA_REPORT.size :]
         return wire.DIRTY_BITMAP.pack(*question.bitmap), told.ljust(question.bitmap.size, b"\0")

@@ -15,6 +15,7 @@ from vfiopy.vfio_user.layouts import (
     DIRTY_BITMAP,
     DMA_ACCESS,
     DMA_MAP,
+    DMA_REPORT,
     DMA_UNMAP,
     FEATURE,
     FEATURE_NUMBER,
@@ -33,6 +34,7 @@ from vfiopy.vfio_user.layouts import (
     DirtyBitmap,
     DmaAccess,
     DmaMap,
+    DmaReport,
     DmaUnmap,
     Feature,
     Form,
@@ -47,6 +49,7 @@ from vfiopy.vfio_user.layouts import (
     Version,
     Write,
     WriteMulti,
+    bitmap_size,
     malformed,
 )
 
@@ -56,6 +59,7 @@ __all__ = [
     "DIRTY_BITMAP",
     "DMA_ACCESS",
     "DMA_MAP",
+    "DMA_REPORT",
     "DMA_UNMAP",
     "FEATURE",
     "FEATURE_NUMBER",
@@ -78,6 +82,7 @@ __all__ = [
     "DirtyBitmap",
     "DmaAccess",
     "DmaMap",
+    "DmaReport",
     "DmaUnmap",
     "Feature",
     "Flag",
@@ -97,6 +102,8 @@ __all__ = [
     "Version",
     "Write",
     "WriteMulti",
+    "bitmap_size",
+    "check_argsz",
     "check_request",
     "malformed",
 ]
@@ -223,3 +230,9 @@ def check_request(command: int, size: int, fds: int, *, from_client: bool) -> No
         raise malformed(f"DMA_UNMAP has {size - fixed} bytes behind its {fixed}")
     if fds > rule.fds:
         raise malformed(f"{Command(command).name} came with {fds} fds; it takes {rule.fds}")
+
+
+def check_argsz(argsz: int, least: int) -> None:
+    """Raise ProtocolError (EINVAL) for an argsz that does not even hold the fixed part of the reply or the request."""
+    if argsz < least:
+        raise malformed(f"argsz is {argsz}; it has to be {least} at least")
