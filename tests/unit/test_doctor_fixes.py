@@ -271,7 +271,7 @@ def test_what_the_kernel_says_meanwhile_is_evidence(kernel: FakeKernel) -> None:
 
 
 def test_a_log_that_cannot_be_read_is_empty(tmp_path: Path) -> None:
-    with LogTail(tmp_path / "none") as tail:
+    with LogTail(FakeKernel.make(tmp_path)) as tail:
         assert tail.lines() == []
 
 

@@ -87,7 +87,7 @@ def run_doctor(
         if deeper:
             report = _tried(report, functions[0], backend, vf_token, noiommu)
         if log or log_file is not None:
-            lines = read_kernel_log(system.dev / "kmsg") if log_file is None else log_file.read().splitlines()
+            lines = read_kernel_log(system) if log_file is None else log_file.read().splitlines()
             wanted = None if address is None else [one.address for one in functions]
             report = report.joined(study_log(lines, wanted))
     if as_json:

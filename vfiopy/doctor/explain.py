@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from vfiopy.doctor.kernel_log import match_line
+from vfiopy.doctor.kernel_log import match_lines
 from vfiopy.errno_table import TABLE, look_up
 
 __all__ = ["Explanation", "explain", "find_calls", "find_errnos"]
@@ -88,10 +88,8 @@ def explain(text: str) -> list[Explanation]:
 
 
 def _read(text: str) -> Iterator[Explanation]:
-    for line in text.splitlines():
-        logged = match_line(line)
-        if logged is not None:
-            yield Explanation(f"log: {logged.pattern.name}", "", logged.pattern.cause, logged.pattern.remedy)
+    for logged in match_lines(text.splitlines()):
+        yield Explanation(f"log: {logged.pattern.name}", "", logged.pattern.cause, logged.pattern.remedy)
     if _VIABLE.search(text):
         yield from _rows("VFIO_GROUP_GET_DEVICE_FD", errno.EPERM)
     calls, numbers = find_calls(text), find_errnos(text)

@@ -1,33 +1,35 @@
-"""What the kernel logged about VFIO, IOMMUs and devices, and what it means."""
+"""What the kernel logged about VFIO, IOMMUs and devices, and what it means.
+
+:mod:`vfiopy.pci.kernel_log` reads it, :mod:`vfiopy.pci.iommu_faults` decodes faults; here is what to do about it.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from vfiopy.doctor.finding import Finding, Problem
-from vfiopy.doctor.log_patterns import PATTERNS, Pattern
-from vfiopy.errors import PciAddressError, PermissionDeniedError, VfioError
-from vfiopy.pci import PciAddress
+from vfiopy.doctor.log_patterns import INTERRUPT_FAULT, IOMMU_FAULT, PATTERNS, Pattern
+from vfiopy.errors import PciAddressError, VfioError
+from vfiopy.pci import PciAddress, System
+from vfiopy.pci.iommu_faults import FaultDecoder, IommuFault, is_fault_line
+from vfiopy.pci.kernel_log import LogReader
 
-__all__ = ["LogMatch", "LogTail", "match_line", "read_kernel_log", "study_log"]
+__all__ = ["LogMatch", "LogTail", "match_lines", "read_kernel_log", "study_log"]
 
 _ADDRESS = re.compile(r"(?<![0-9a-fA-F:.])(?:[0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7](?![0-9a-fA-F])")
-_RECORD = 8192  # bytes; the longest record of /dev/kmsg (Documentation/ABI/testing/dev-kmsg)
 _EVIDENCE = 200  # characters of a line
 
 
 @dataclass(frozen=True, slots=True)
 class LogMatch:
-    """A line that says something.
+    """A line that says something, or several that tell one fault.
 
     Attributes:
         pattern: what it matched.
         device: the device that it names, None where it names none.
-        line: the line, without surrounding white space.
+        line: the line without surrounding white space, or the fault in words.
     """
 
     pattern: Pattern
@@ -35,53 +37,38 @@ class LogMatch:
     line: str
 
 
-def read_kernel_log(path: Path = Path("/dev/kmsg")) -> list[str]:
+def read_kernel_log(system: System | None = None) -> list[str]:
     """All that the kernel's log holds now, oldest first, one message each.
 
     Raises:
         PermissionDeniedError: the kernel keeps its log to root (``kernel.dmesg_restrict``).
         VfioError: there is no such log, as in some containers.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            return _drain(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else VfioError
-        raise kind(
-            "the kernel's log cannot be read",
-            errno=error.errno,
-            object=str(path),
-            call="open",
-            hint="run as root (kernel.dmesg_restrict), or save the log and give it with --log-file",
-        ) from error
+    with LogReader(system, from_start=True) as reader:
+        return [line.text for line in reader.lines()]
 
 
 class LogTail:
     """What the kernel logs from now on; nothing where its log cannot be read. A context manager."""
 
-    def __init__(self, path: Path = Path("/dev/kmsg")) -> None:
+    def __init__(self, system: System | None = None) -> None:
         self.all_lines: list[str] = []
-        self._fd = -1
+        self._reader: LogReader | None = None
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError:  # no right to read it, or no such log
-            self.close()
+            self._reader = LogReader(system)
+        except VfioError:  # no right to read it, or no such log
+            return
 
     def lines(self) -> list[str]:
         """The lines since the last call."""
-        fresh = [] if self._fd < 0 else _drain(self._fd)
+        fresh = [] if self._reader is None else [line.text for line in self._reader.lines()]
         self.all_lines += fresh
         return fresh
 
     def close(self) -> None:
         """Let the log go; safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._reader is not None:
+            self._reader.close()
 
     def __enter__(self) -> LogTail:
         return self
@@ -90,27 +77,21 @@ class LogTail:
         self.close()
 
 
-def _drain(fd: int) -> list[str]:
-    lines: list[str] = []
-    while True:
-        try:
-            record = os.read(fd, _RECORD)
-        except BlockingIOError:
-            return lines
-        except BrokenPipeError:  # the ring has overtaken us: go on with what is left of it
+def match_lines(lines: Iterable[str]) -> Iterator[LogMatch]:
+    """Say what lines of a log mean, in their order; those that nothing is known about are left out."""
+    decoder = FaultDecoder()
+    for line in lines:
+        yield from map(_of_fault, decoder.feed(line))
+        if is_fault_line(line):
             continue
-        if not record:
-            return lines
-        # "priority,sequence,time,flags;message", then lines of properties that begin with a blank
-        lines.append(record.decode("utf-8", "replace").partition(";")[2].split("\n", 1)[0])
+        pattern = next((one for one in PATTERNS if one.regex is not None and one.regex.search(line)), None)
+        if pattern is not None:
+            yield LogMatch(pattern, _device_of(line), line.strip())
+    yield from map(_of_fault, decoder.flush())
 
 
-def match_line(line: str) -> LogMatch | None:
-    """Say what a line of the log means; None for one that nothing is known about."""
-    for pattern in PATTERNS:
-        if pattern.regex.search(line):
-            return LogMatch(pattern, _device_of(line), line.strip())
-    return None
+def _of_fault(fault: IommuFault) -> LogMatch:
+    return LogMatch(INTERRUPT_FAULT if fault.interrupt else IOMMU_FAULT, fault.source, str(fault))
 
 
 def _device_of(line: str) -> PciAddress | None:
@@ -132,9 +113,8 @@ def study_log(lines: Iterable[str], addresses: Iterable[PciAddress] | None = Non
     """
     wanted = None if addresses is None else set(addresses)
     seen: dict[tuple[str, PciAddress | None], list[LogMatch]] = {}
-    for line in lines:
-        found = match_line(line)
-        if found is None or (wanted is not None and found.device is not None and found.device not in wanted):
+    for found in match_lines(lines):
+        if wanted is not None and found.device is not None and found.device not in wanted:
             continue
         seen.setdefault((found.pattern.name, found.device), []).append(found)
     return [_finding(several) for several in seen.values()]

@@ -11,7 +11,7 @@ from typing import Final
 
 from vfiopy.doctor.finding import Severity
 
-__all__ = ["PATTERNS", "Pattern"]
+__all__ = ["INTERRUPT_FAULT", "IOMMU_FAULT", "PATTERNS", "Pattern"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +20,14 @@ class Pattern:
 
     Attributes:
         name: what it is about; stays the same, scripts match it.
-        regex: finds it in a line.
+        regex: finds it in a line; None for faults, which :mod:`vfiopy.pci.iommu_faults` finds.
         severity: how bad it was; a line of the past does not block.
         cause: what it means, one sentence.
         remedy: what to do.
     """
 
     name: str
-    regex: re.Pattern[str]
+    regex: re.Pattern[str] | None
     severity: Severity
     cause: str
     remedy: str
@@ -39,24 +39,26 @@ def _pattern(name: str, regex: str, severity: Severity, cause: str, remedy: str)
 
 _LIMITS, _NOTE = Severity.LIMITS, Severity.NOTE
 
-# drivers/iommu/intel/dmar.c, drivers/iommu/amd/iommu.c, drivers/iommu/arm/arm-smmu*/
+INTERRUPT_FAULT: Final = Pattern(
+    "interrupt fault",
+    None,
+    _LIMITS,
+    "the IOMMU stopped an interrupt of the device: its vector was gone or never set up",
+    "switch interrupts off in the device before vectors are disabled, and enable them again after a reset",
+)
+IOMMU_FAULT: Final = Pattern(
+    "IOMMU fault",
+    None,
+    _LIMITS,
+    "the IOMMU stopped DMA of the device: the address was not mapped then, or not for that direction",
+    "compare the address with the mappings: unmapped too early, a physical address instead of an IOVA, read-only "
+    "memory that is written, or a device still running after its driver ended",
+)
+
+# drivers/iommu/iommu.c, intel/iommu.c, vfio_iommu_type1.c
 _IOMMU: Final = (
-    _pattern(
-        "interrupt fault",
-        r"\[INTR-REMAP\]|AMD-Vi:.*(INVALID_DEVICE_REQUEST|INVALID_PPR)",
-        _LIMITS,
-        "the IOMMU stopped an interrupt of the device: its vector was gone or never set up",
-        "switch interrupts off in the device before vectors are disabled, and enable them again after a reset",
-    ),
-    _pattern(
-        "IOMMU fault",
-        r"DMAR:.*Request device|AMD-Vi:.*(IO_PAGE_FAULT|Event logged)"
-        r"|arm-smmu.*(Unhandled context fault|event: [CF]_|event 0x[0-9a-f]+ received)",
-        _LIMITS,
-        "the IOMMU stopped DMA of the device: the address was not mapped then, or not for that direction",
-        "compare the address with the mappings: unmapped too early, a physical address instead of an IOVA, read-only "
-        "memory that is written, or a device still running after its driver ended",
-    ),
+    INTERRUPT_FAULT,
+    IOMMU_FAULT,
     _pattern(
         "direct ranges",
         r"requested this device have a 1:1 IOMMU mapping|platform RMRR requirement",

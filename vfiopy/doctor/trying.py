@@ -115,7 +115,7 @@ def try_out(
     """
     attempt = Attempt()
     options = {"vf_token": vf_token, "noiommu": noiommu}
-    with LogTail(function.system.dev / "kmsg") as tail:
+    with LogTail(function.system) as tail:
         device: Device | None = None
         with _noted(attempt, function, "open", tail):
             device = opener(str(function), backend=backend, **options)

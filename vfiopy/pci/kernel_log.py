@@ -218,6 +218,13 @@ class LogReader(Resource):
             raise
         return parse_record(record.decode("utf-8", "replace")) if record else None
 
+    def lines(self) -> Iterator[LogLine]:
+        """Yield what is there as it is, without waiting: each line of the kernel, whatever it is about."""
+        self.check_open()
+        while (line := self._read_line()) is not None:
+            if isinstance(line, LogLine) and not line.facility:
+                yield line
+
     def pending(self) -> Iterator[LogEntry]:
         """Yield what is there, without waiting, and what was still waited for."""
         yield from self._new()
