@@ -77,7 +77,7 @@ def moved(*nodes: Path) -> Iterator[None]:
             Path(f"{node}.away").rename(node)
 
 
-def as_nobody(address: str, memlock: int | None = None) -> list[str]:
+def as_nobody(address: str, memlock: int | None = None, cgroup: Path | None = None) -> list[str]:
     """What the doctor finds for a user without any right, in order."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -85,6 +85,8 @@ def as_nobody(address: str, memlock: int | None = None) -> list[str]:
         try:
             if memlock is not None:
                 resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
+            if cgroup is not None:
+                (cgroup / "cgroup.procs").write_text(str(os.getpid()))
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
@@ -209,6 +211,22 @@ def test_permissions_then_memlock(bdf: Bdf) -> None:
         grant(nvme, "nobody")
         assert as_nobody(nvme, 8 << 20)[0] == "memlock"
         assert "memlock" not in as_nobody(nvme, 256 << 20)
+
+
+def test_a_small_cgroup(bdf: Bdf) -> None:
+    root = Path("/sys/fs/cgroup")
+    if not (root / "cgroup.controllers").exists():
+        subprocess.run(["mount", "-t", "cgroup2", "none", root], check=True)
+    (root / "cgroup.subtree_control").write_text("+memory")
+    box = root / "vfiopy"
+    box.mkdir()
+    try:
+        (box / "memory.max").write_text(str(900 << 20))
+        with bind(bdf(NVME)):
+            grant(bdf(NVME), "nobody")
+            assert as_nobody(bdf(NVME), 256 << 20, box)[0] == "cgroup memory"
+    finally:
+        box.rmdir()
 
 
 def test_token(bdf: Bdf) -> None:

@@ -2,7 +2,7 @@
 
 tests/guest/test_doctor.py has most of them on a real kernel. What the lab cannot create is proved here alone: RMRR,
 the denylist, a function without a group, an unassigned BAR, lockdown, other page sizes, modules that are not loaded,
-variant drivers, AMD's interrupt remapping, a small cgroup.
+variant drivers, AMD's interrupt remapping.
 """
 
 from __future__ import annotations
