@@ -18,6 +18,7 @@ from qtest import PLAIN, SHARED, Machine
 
 import vfiopy
 from vfiopy.emulated import Edu, PciDevice
+from vfiopy.emulated.nvme import Namespace, Nvme
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOT = (0, 5)
@@ -239,3 +240,33 @@ def test_no_complaints(bench: Bench) -> None:
     machine.qmp("system_reset")
     machine.read(BAR0)
     assert machine.said() == ""
+
+
+@pytest.mark.parametrize("memory", [PLAIN, SHARED], ids=["messages", "shared memory"])
+def test_an_nvme_controller_identifies_itself(bench: Bench, memory: tuple[str, ...]) -> None:
+    """Its registers by messages, its queues and data by DMA, its completion by MSI-X."""
+    disk = Nvme([Namespace.memory(1 << 20)], serial="over-a-socket")
+    bench.stack.callback(disk.close)
+    machine = bench.boot(bench.serve(disk), memory=memory)
+    table = next(offset for offset in capabilities(machine) if machine.config(SLOT, offset, 1) == 0x11)
+    where = machine.config(SLOT, table + 4)
+    bench.switch_on({0: BAR0, 1: 0, where & 7: BAR2})
+    for offset, value in ((0, MESSAGE), (4, 0), (8, 0x77), (12, 0)):
+        machine.write(BAR2 + (where & ~7) + offset, value)
+    machine.set_config(SLOT, table + 2, 0x8000, 2)
+    assert machine.read(BAR0 + 8) >> 16 == 2  # VS: a controller of NVMe 2
+    submissions, completions, data = 0x10_0000, 0x10_1000, 0x10_2000
+    machine.write(BAR0 + 0x24, 0x0007_0007)  # AQA: 8 entries each
+    for register, address in ((0x28, submissions), (0x30, completions)):
+        machine.write(BAR0 + register, address)
+        machine.write(BAR0 + register + 4, 0)
+    machine.write(BAR0 + 0x14, 0x0046_0001)  # CC: entries of 64 and 16 bytes, enable
+    wait_for(lambda: machine.read(BAR0 + 0x1C) == 1)
+    identify = bytearray(64)
+    identify[0], identify[2], identify[40] = 6, 0x21, 1  # opcode, command id, CNS: the controller
+    identify[24:32] = data.to_bytes(8, "little")
+    machine.set_memory(submissions, bytes(identify))
+    machine.write(BAR0 + 0x1000, 1)  # the admin queue's tail
+    wait_for(lambda: machine.memory(MESSAGE, 1) == b"\x77")
+    assert machine.memory(completions + 12, 4) == b"\x21\0\1\0"  # command id, phase, success
+    assert machine.memory(data + 4, 20).rstrip() == b"over-a-socket"
