@@ -30,6 +30,11 @@ class TestIntel:
             "intel", IGD, address=0x7CD80000, write=False, reason="PTE Read access is not set", code=6
         )
 
+    def test_7_3_has_a_domain(self) -> None:
+        text = "DMAR: [DMA Read NO_PASID] Request device [0001:00:04.0] fault addr 0x100000 [fault reason 0x06] PTE Read access is not set"
+        fault = one(text)
+        assert (str(fault.source), fault.address, fault.write) == ("0001:00:04.0", 0x100000, False)
+
     def test_for_a_few_releases_the_device_had_prefixes(self) -> None:
         text = "DMAR: [DMA Read NO_PASID] Request device [0x00:0x02.0] fault addr 0x70ad5000 [fault reason 0x0c] non-zero reserved fields in PTE"
         fault = one(text)

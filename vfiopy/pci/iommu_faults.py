@@ -120,7 +120,8 @@ def _hex(text: str | None) -> int | None:
 
 _INTEL = re.compile(
     r"\[(?P<what>DMA Read|DMA Write|INTR-REMAP)(?: (?:NO_PASID|PASID (?P<pasid>0x[0-9a-f]+)))?\] "
-    r"Request device \[(?:0x)?(?P<bus>[0-9a-f]{2}):(?:0x)?(?P<device>[0-9a-f]{2})\.(?P<function>[0-7])\] "
+    r"Request device \[(?:(?P<domain>[0-9a-f]{4,8}):)?"  # 7.3 has a domain
+    r"(?:0x)?(?P<bus>[0-9a-f]{2}):(?:0x)?(?P<device>[0-9a-f]{2})\.(?P<function>[0-7])\] "
     r"(?:PASID (?P<old_pasid>[0-9a-f]+) )?fault (?:addr|index) (?P<address>(?:0x)?[0-9a-f]+) "
     r"\[fault reason (?P<code>(?:0x)?[0-9a-f]+)h?\] ?(?P<reason>.*)"
 )
@@ -133,7 +134,9 @@ def _intel(match: re.Match[str]) -> IommuFault:
     interrupt = match["what"] == "INTR-REMAP"
     return IommuFault(
         "intel",
-        PciAddress(0, int(match["bus"], 16), int(match["device"], 16), int(match["function"])),
+        PciAddress(
+            int(match["domain"] or "0", 16), int(match["bus"], 16), int(match["device"], 16), int(match["function"])
+        ),
         address=None if interrupt else int(match["address"], 16),
         write=None if interrupt else match["what"] == "DMA Write",
         reason=match["reason"].strip(),
