@@ -68,20 +68,24 @@ def _names(device: Device) -> dict[str, Any]:
 
 
 def _banner(device: Device, names: dict[str, Any]) -> str:
-    lines = [f"vfiopy {vfiopy.__version__}: {device.name}, reached through {device.backend}; nothing was read of it"]
+    lines = [
+        f"vfiopy {vfiopy.__version__}: {device.name}, open by {device.backend}; nothing was read of it",
+        "  device   reset(), bus_master (off until you set it), memory_enabled, region(6)",
+        "  config   config.command, config.read16(0x6), config.capabilities()",
+    ]
     for index in range(RegionIndex.BAR5 + 1):
         if f"bar{index}" in names:
             info = device.bars.info(index)
-            mapped = "" if RegionFlag.MMAP in info.flags else ", not mapped"
-            lines.append(f"  bar{index:<8} {size_words(info.size)}{mapped}: bar{index}.read32(0x0)")
+            mapped = "mapped" if RegionFlag.MMAP in info.flags else "not mapped"
+            size = size_words(info.size)
+            lines.append(f"  bar{index}     {size}, {mapped}: bar{index}.read32(0x0); also bars[{index}]")
     lines += [
-        "  device    reset(), bus_master (off until you set it), memory_enabled, region(6) is the ROM",
-        "  config    configuration space: config.command, config.read16(0x6), config.capabilities()",
-        "  dma       buffers that the device reaches: dma.allocate(4096, dtype='u4')",
-        "  irqs      irqs.msix.enable(1)[0].wait(timeout=1.0)",
-        f"  {'regs      the register map of the first BAR; ' if 'regs' in names else ''}bars, np, vfiopy",
-        "The device is closed when you leave (Ctrl-D).",
+        "  dma      dma.allocate(4096, dtype='u4'): a buffer that knows its .iova",
+        "  irqs     irqs.msix.enable(1)[0].wait(timeout=1.0)",
     ]
+    if "regs" in names:
+        lines.append(f"  regs     registers by name: {', '.join(list(names['regs'].spec.members)[:4])}, ...")
+    lines.append("  np, vfiopy. The device is closed when you leave (Ctrl-D).")
     return "\n".join(lines)
 
 
@@ -96,6 +100,7 @@ def _console(names: dict[str, Any], banner: str, plain: bool) -> None:
             settings = Config()
             settings.TerminalInteractiveShell.banner1 = f"{banner}\n"
             settings.TerminalInteractiveShell.banner2 = ""
+            settings.TerminalInteractiveShell.enable_tip = False
             settings.Completer.evaluation = "limited"  # completing a name must not run a property that reads registers
             settings.Completer.use_jedi = False
             IPython.start_ipython(argv=[], user_ns=names, config=settings)

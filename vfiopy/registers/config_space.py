@@ -155,13 +155,10 @@ _EXTENDED_HAZARDS: Final = {
 def hazard(config: ConfigSpace, offset: int, size: int) -> str | None:
     """Say why a write of ``size`` bytes at ``offset`` may do harm, or None where nothing is known against it."""
     end = offset + size
-    for first, last, why in _HEADER_HAZARDS:
-        if offset < last and end > first:
-            return why
-    if offset < 0x40 and config.read8(0x0E) & 0x7F == 1 and offset < 0x34 and end > 0x18:
-        return "it is a bridge: what is behind it goes by these registers"
     if offset < 0x40:
-        return None
+        if end > 0x18 and config.read8(0x0E) & 0x7F == 1 and (offset < 0x34 or end > 0x3E):
+            return "it is a bridge: what is behind it goes by these registers"
+        return next((why for first, last, why in _HEADER_HAZARDS if offset < last and end > first), None)
     for one in config.capabilities():
         first, last, why = _CAPABILITY_HAZARDS.get(one.id, (0, 0, ""))
         if why and offset < one.offset + last and end > one.offset + first:

@@ -79,6 +79,8 @@ BRIDGE: list[Row] = [
     ("prefetchable_limit", 0x26, 2, ""),
     ("prefetchable_base_upper", 0x28, 4, ""),
     ("prefetchable_limit_upper", 0x2C, 4, ""),
+    ("io_base_upper", 0x30, 2, ""),
+    ("io_limit_upper", 0x32, 2, ""),
     ("rom", 0x38, 4, "enable:0 address:31-11"),
     (
         "bridge_control",
@@ -89,13 +91,15 @@ BRIDGE: list[Row] = [
 ]
 
 _UNCORRECTABLE = (
-    "{0}data_link_protocol:4 {0}surprise_down:5 {0}poisoned_tlp:12 {0}flow_control:13 {0}completion_timeout:14 "
-    "{0}completer_abort:15 {0}unexpected_completion:16 {0}receiver_overflow:17 {0}malformed_tlp:18 {0}ecrc:19 "
-    "{0}unsupported_request:20 {0}acs_violation:21 {0}internal:22"
+    "{0}data_link_protocol:4 {0}surprise_down:5 {0}poisoned_tlp:12 {0}flow_control_protocol:13 "
+    "{0}completion_timeout:14 {0}completer_abort:15 {0}unexpected_completion:16 {0}receiver_overflow:17 "
+    "{0}malformed_tlp:18 {0}ecrc:19 {0}unsupported_request:20 {0}acs_violation:21 {0}internal:22 "
+    "{0}mc_blocked_tlp:23 {0}atomic_egress_blocked:24 {0}tlp_prefix_blocked:25 {0}poisoned_egress_blocked:26 "
+    "{0}dmwr_egress_blocked:27 {0}ide_check:28 {0}misrouted_ide:29 {0}pcrc_check:30 {0}translation_egress_blocked:31"
 )
 _CORRECTABLE = (
-    "{0}receiver:0 {0}bad_tlp:6 {0}bad_dllp:7 {0}replay_rollover:8 {0}replay_timeout:12 {0}advisory_nonfatal:13 "
-    "{0}internal:14 {0}header_log_overflow:15"
+    "{0}receiver:0 {0}bad_tlp:6 {0}bad_dllp:7 {0}replay_number_rollover:8 {0}replay_timer_timeout:12 "
+    "{0}advisory_non_fatal:13 {0}internal:14 {0}header_log_overflow:15"
 )
 
 # id → (name of the group, registers); MSI's differ from one to the next and are made in config_space.py
