@@ -46,6 +46,7 @@ __all__ = [
     "Area",
     "BarPort",
     "BookReader",
+    "BurstIo",
     "Copier",
     "DeviceInfo",
     "DeviceIo",
@@ -233,6 +234,17 @@ class FileRegions(Protocol):
         """Return an fd, which stays the device's, and where in the file the region begins, bytes.
 
         Raises NotSupportedError where there is none.
+        """
+
+
+@runtime_checkable
+class BurstIo(Protocol):
+    """A ``DeviceIo`` that does many writes of registers by less than one call each."""
+
+    def write_burst(self, index: int, offset: int, width: int, step: int, data: bytes) -> None:
+        """Write one register after another: ``width`` bytes of ``data`` at ``offset``, the next ``step`` bytes on.
+
+        Each is one access, in this order; with a ``step`` of 0 all go to the same register.
         """
 
 

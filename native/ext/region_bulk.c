@@ -49,6 +49,36 @@ static int single(RegionObject *self, const struct transfer *transfer, uint64_t 
     return 0;
 }
 
+/*
+ * All that is left, by one call of a slow path that takes bursts. 1: done; 0: it takes none, or what is left goes
+ * element by element for another reason; -1 with an error set.
+ */
+static int burst(RegionObject *self, const struct transfer *transfer, uint64_t offset, unsigned char *data,
+                 uint64_t left)
+{
+    unsigned flags = vfiopy_region_flags(&self->core);
+    PyObject *method, *bytes, *result = NULL;
+
+    if (transfer->direction != VFIOPY_WRITE || left < 2 || !self->slow || flags & VFIOPY_REGION_TRACED ||
+        (self->core.window_count && !(flags & VFIOPY_REGION_SLOW)))
+        return 0;
+    method = PyObject_GetAttrString(self->slow, "write_burst");
+    if (!method) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    bytes = PyBytes_FromStringAndSize((const char *)data, (Py_ssize_t)(left * transfer->width));
+    if (bytes)
+        result = PyObject_CallFunction(method, "KIIO", (unsigned long long)offset, transfer->width,
+                                       transfer->fifo ? 0 : transfer->width, bytes);
+    Py_XDECREF(bytes);
+    Py_DECREF(method);
+    Py_XDECREF(result);
+    return result ? 1 : -1;
+}
+
 static int perform(RegionObject *self, const struct transfer *transfer)
 {
     unsigned width = transfer->width;
@@ -77,6 +107,10 @@ static int perform(RegionObject *self, const struct transfer *transfer)
         if (verdict != VFIOPY_ALLOWED)
             return vfiopy_raise_verdict(self, verdict, offset, transfer->fifo ? 1 : left, width, transfer->direction);
         if (!place.address) {
+            int all = burst(self, transfer, offset, data, left);
+
+            if (all)
+                return all < 0 ? -1 : 0;
             if (single(self, transfer, offset, data) < 0)
                 return -1;
             done++;

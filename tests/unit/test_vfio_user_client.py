@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from vfiopy.drivers.edu import BUFFER_SIZE, EduDriver
 from vfiopy.emulated import Edu
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import Channel, Message
+from vfiopy.vfio_user.served import ServedDevice
 from vfiopy.vfio_user.version import Capabilities, encode_version
 from vfiopy.vfio_user.wire import Command, Flag
 
@@ -258,6 +260,64 @@ def test_posted_writes_are_done_in_order_and_before_the_end(path: Path, device: 
             for value in range(200):
                 opened.bars[0].write32(0, value)
         assert [access[-1] for access in device.accesses] == list(range(200))
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Command]:
+    """The writes that the server has got, by message."""
+    found: list[Command] = []
+    for name in ("region_write", "region_write_multi"):
+        method = getattr(ServedDevice, f"_{name}")
+
+        def noting(self: ServedDevice, *arguments: Any, name: str = name, method: Any = method) -> Any:
+            found.append(Command[name.upper()])
+            return method(self, *arguments)
+
+        monkeypatch.setattr(ServedDevice, f"_{name}", noting)
+    return found
+
+
+def test_bursts_are_few_messages(path: Path, device: Everything, sent: list[Command]) -> None:
+    values = struct.pack("=20000I", *range(20000))
+    with serving(device, path), vfiopy.open(f"vfio-user:{path}") as driver:
+        bar = driver.bars[0]
+        bar.write_fifo(0x10, values, 4)
+        bar.write_block(0x20, values[:40], 2)
+        bar.read32(0)
+        writes = [access for access in device.accesses if access[0] == "write"]
+        assert writes[:20000] == [("write", 0, 0x10, 4, number) for number in range(20000)]
+        expected = struct.unpack("=20H", values[:40])
+        assert writes[20000:] == [("write", 0, 0x20 + 2 * at, 2, value) for at, value in enumerate(expected)]
+        assert sent.count(Command.REGION_WRITE_MULTI) < 6
+        driver.memory_enabled = False
+        with pytest.raises(vfiopy.DeviceGoneError):
+            bar.write_fifo(0x10, values, 4)
+        driver.memory_enabled = True
+        device.accesses.clear()
+        assert driver.io.connection.peer.write_multiple  # type: ignore[attr-defined]
+        driver.io.connection.peer = Capabilities(max_data_xfer_size=200)  # type: ignore[attr-defined]
+        sent.clear()
+        bar.write_fifo(0x10, values[:80], 4)  # to a server that cannot
+        driver.io.connection.peer = Capabilities(max_data_xfer_size=200, write_multiple=True)  # type: ignore[attr-defined]
+        bar.write_fifo(0x10, values[:80], 4)
+        bar.read32(0)
+        assert [access[-1] for access in device.accesses[:40]] == [*range(20), *range(20)]
+        assert sent == [Command.REGION_WRITE_MULTI] * 3  # single ones take the native road
+
+
+def test_a_burst_that_is_waited_for(path: Path, device: Everything) -> None:
+    with serving(device, path):
+        io, mapper = vfio_user.connect(path)
+        window = io.map_region(2, 0, PAGE)  # so that nothing is posted
+        io.write_burst(0, 0, 4, 4, struct.pack("=100I", *range(100)))
+        writes = [access for access in device.accesses if access[0] == "write"]
+        window.close()
+        assert writes == [("write", 0, 4 * number, 4, number) for number in range(100)]
+        with pytest.raises(vfiopy.AddressRangeError):
+            io.write_burst(0, 0xF00, 4, 4, bytes(0x104))
+        io.write_burst(0, 0, 4, 4, b"")
+        io.close()
+        mapper.close()
 
 
 def test_a_write_that_nobody_takes_is_an_error(path: Path) -> None:

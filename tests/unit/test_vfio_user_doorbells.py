@@ -60,6 +60,27 @@ def test_regions_without_doorbells(io: vfio_user.VfioUserDeviceIo) -> None:
     assert io.doorbell_fds(7) == []
 
 
+def test_writes_that_become_eventfds(io: vfio_user.VfioUserDeviceIo, device: Bells) -> None:
+    fds = open_fds()
+    io.write(0, 0x100, b"\x05\0\0\0")
+    assert device.accesses.pop() == ("write", 0, 0x100, 4, 5)  # a message like any other
+    assert io.ring_by_eventfd(2) == 0
+    assert io.ring_by_eventfd(0) == 16
+    assert io.ring_by_eventfd(0) == 16  # none twice
+    ring_fds = len(open_fds() - fds)
+    assert ring_fds == 32  # 16 here, and the same in the server, which is in this process
+    io.write(0, 0x100, b"\x05\0\0\0")
+    wait_for(lambda: device.accesses == [("write", 0, 0x100, 4, 0)])  # which says that it was an eventfd
+    io.write(0, 0x104, b"\x07\0\0\0")
+    wait_for(lambda: device.accesses[1:] == [("write", 0, 0x104, 4, 7)])
+    device.accesses.clear()
+    io.write(0, 0x104, b"\x08\0\0\0")  # not the value that it stands for
+    io.write(0, 0x100, b"\x05\0")  # nor its width
+    io.write(0, 0x160, b"\x01\0\0\0")  # nor a doorbell that came with an eventfd
+    io.read(0, 0, 4)
+    assert [access[-1] for access in device.accesses[:3]] == [8, 5, 1]
+
+
 def test_a_doorbell_of_a_silent_bar_does_nothing(io: vfio_user.VfioUserDeviceIo, device: Bells) -> None:
     bells = io.doorbell_fds(0)
     set_command(io, off=MEMORY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from vfiopy.backend import Area, DeviceIo, RegionFlag, RegionInfo, Window, region_name
+from vfiopy.backend import Area, BurstIo, DeviceIo, RegionFlag, RegionInfo, Window, region_name
 from vfiopy.dma.memory import PAGE_SIZE
 from vfiopy.errors import AddressRangeError, NotSupportedError
 from vfiopy.mmio import Region
@@ -33,6 +33,14 @@ class RegionPort:
     def write(self, offset: int, width: int, value: int) -> None:
         """Write ``width`` bytes as one access."""
         self.io.write(self.index, offset, value.to_bytes(width, "little"))
+
+    def write_burst(self, offset: int, width: int, step: int, data: bytes) -> None:
+        """Do one write of ``width`` bytes after another, ``step`` bytes apart."""
+        if isinstance(self.io, BurstIo):
+            self.io.write_burst(self.index, offset, width, step, data)
+            return
+        for number, at in enumerate(range(0, len(data), width)):
+            self.io.write(self.index, offset + number * step, data[at : at + width])
 
 
 def mappable_areas(info: RegionInfo, msix: Area | None) -> list[Area]:

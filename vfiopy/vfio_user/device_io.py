@@ -24,7 +24,7 @@ from vfiopy.vfio_user.channel import close_fds
 from vfiopy.vfio_user.client_irqs import ClientIrqs
 from vfiopy.vfio_user.client_regions import FIRST_ARGSZ, ClientRegions
 from vfiopy.vfio_user.connection import Connection
-from vfiopy.vfio_user.doorbells import DoorbellFd
+from vfiopy.vfio_user.doorbells import Bells, DoorbellFd
 from vfiopy.vfio_user.power import PowerState, power_up
 from vfiopy.vfio_user.wire import Command
 
@@ -71,6 +71,7 @@ class VfioUserDeviceIo(Resource):
         self._irqs = ClientIrqs(name, self._send_irqs)
         self._irq_infos: dict[int, IrqInfo] = {}
         self._posting = False
+        self._bells = Bells()
         self._power = PowerState(-1)
         try:
             self._info = self._ask_info()
@@ -194,6 +195,8 @@ class VfioUserDeviceIo(Resource):
             DeviceGoneError: the device or the server does not answer.
         """
         size = len(data)
+        if self._bells and self._bells.ring(index, offset, data):
+            return
         if self._posting and size <= 8 and index <= _BAR5:
             info = self._known.get(index)
             if info is not None and 0 <= offset <= info.size - size and data.__class__ is bytes:
@@ -214,6 +217,37 @@ class VfioUserDeviceIo(Resource):
                 self._look_at_power()
         elif index <= _BAR5:
             self._posting = not self._regions.windows
+
+    def write_burst(self, index: int, offset: int, width: int, step: int, data: bytes) -> None:
+        """Write one register after another: see :class:`vfiopy.backend.BurstIo`.
+
+        Where the server has ``write_multiple``, in few messages, which are posted as single writes are.
+
+        Raises:
+            AddressRangeError: outside of the region.
+            DeviceGoneError: the device or the server does not answer.
+        """
+        count = len(data) // width
+        self._check_range(index, offset, step * (count - 1) + width if count else 0)
+        single = count  # how many go by themselves
+        if self.connection.peer.write_multiple and index <= _BAR5 and not self._bells:
+            single = 0 if self._posting else 1  # which tells whether the others can be posted
+        for number in range(min(single, count)):
+            self.write(index, offset + number * step, data[number * width : (number + 1) * width])
+        most = (min(_MOST_WRITE, self.connection.peer.max_data_xfer_size) - wire.WRITE_MULTI.size) // wire.WRITE.size
+        for start in range(single, count, max(1, most)):
+            numbers = range(start, min(count, start + max(1, most)))
+            writes = b"".join(
+                wire.WRITE.pack(offset + number * step, index, width, data[number * width : (number + 1) * width])
+                for number in numbers
+            )
+            self._send_writes(wire.WRITE_MULTI.pack(len(numbers)), writes)
+
+    def _send_writes(self, count: bytes, writes: bytes) -> None:
+        if self._posting:
+            self.connection.post(Command.REGION_WRITE_MULTI, count, writes)
+        elif self._request(Command.REGION_WRITE_MULTI, count, writes)[: len(count)] != count:
+            raise self._regions.malformed("not all of the writes were done")
 
     def _check_range(self, index: int, offset: int, size: int) -> None:
         info = self._known.get(index)
@@ -242,10 +276,22 @@ class VfioUserDeviceIo(Resource):
         self._look_at_power()
         return window
 
+    def ring_by_eventfd(self, index: int) -> int:
+        """From now on write a region's doorbells by eventfd, where the server gives one; return how many there are.
+
+        The server is woken once for many. Not done by itself, because such a write is not the same: it is not ordered
+        with others (what posted writes before it say may arrive later), several may become one, and of a doorbell that
+        stands for any value the value is lost. So it is for registers that say "look again" at something in memory.
+
+        Raises:
+            AddressRangeError: no such region.
+        """
+        return self._bells.take(index, self.doorbell_fds(index))
+
     def doorbell_fds(self, index: int) -> list[DoorbellFd]:
         """Ask for the eventfds that do what a write to certain registers does, for who rings from elsewhere (KVM).
 
-        Nothing of vfiopy rings them by itself: they are not ordered with other writes. The fds are the caller's.
+        :meth:`ring_by_eventfd` uses them for writes. The fds are the caller's.
 
         Raises:
             AddressRangeError: no such region.
@@ -355,6 +401,8 @@ class VfioUserDeviceIo(Resource):
             raise ProtocolError("another device is behind the socket now", object=self._label, hint="open it anew")
         self._start()
         self._irqs.repeat(self._most_fds())
+        for index in self._bells.forget():
+            self.ring_by_eventfd(index)
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
@@ -377,6 +425,7 @@ class VfioUserDeviceIo(Resource):
         self._settle()
         self.connection.close()
         self._regions.forget()
+        self._bells.forget()
         self._irqs.close()
 
     def _settle(self) -> None:

@@ -13,7 +13,7 @@ from vfiopy.errors import VfiopyError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import close_fds
 
-__all__ = ["DoorbellFd", "ServedDoorbells", "decode_io_fds"]
+__all__ = ["Bells", "DoorbellFd", "ServedDoorbells", "decode_io_fds"]
 
 _LOG = logging.getLogger(__name__)
 _IOEVENTFD: Final = 0
@@ -109,6 +109,49 @@ def _take(fd: int) -> bool:
     with suppress(BlockingIOError):
         return os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT) == 8
     return False
+
+
+class Bells:
+    """The doorbells that a client writes by eventfd.
+
+    Threads: any.
+    """
+
+    def __init__(self) -> None:
+        self._fds: dict[tuple[int, int], list[DoorbellFd]] = {}
+        self._regions: dict[int, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._fds)
+
+    def take(self, region: int, bells: list[DoorbellFd]) -> int:
+        """Use these from now on, and own their fds; return how many there are for the region now."""
+        self._regions[region] = None
+        for bell in bells:
+            others = self._fds.setdefault((region, bell.doorbell.offset), [])
+            if any(other.doorbell == bell.doorbell for other in others):
+                os.close(bell.fd)
+            else:
+                others.append(bell)
+        return sum(len(found) for (index, _), found in self._fds.items() if index == region)
+
+    def ring(self, region: int, offset: int, data: bytes) -> bool:
+        """Ring the doorbell that stands for this write; return whether there is one."""
+        for bell in self._fds.get((region, offset), ()):
+            size, value = bell.doorbell.size, bell.doorbell.value
+            if len(data) == size and (value is None or int.from_bytes(data, "little") == value):
+                with suppress(BlockingIOError):  # rung 2**64 times, and still to be looked at
+                    os.eventfd_write(bell.fd, 1)
+                return True
+        return False
+
+    def forget(self) -> list[int]:
+        """Close the eventfds; return the regions that had some. Idempotent."""
+        regions, self._regions = list(self._regions), {}
+        fds, self._fds = self._fds, {}
+        for bells in fds.values():
+            close_fds([bell.fd for bell in bells])
+        return regions
 
 
 def decode_io_fds(payload: bytes | bytearray, fds: list[int], region: int) -> list[DoorbellFd]:
