@@ -18,11 +18,10 @@ from vfiopy.backend import (
     Window,
 )
 from vfiopy.errors import AddressRangeError, DeviceGoneError, ProtocolError, StateError, VfioError
-from vfiopy.lives import Resource
 from vfiopy.vfio_user import wire
-from vfiopy.vfio_user.channel import close_fds
+from vfiopy.vfio_user.client_features import MOST_READ, MOST_WRITE, FeatureRequests
 from vfiopy.vfio_user.client_irqs import ClientIrqs
-from vfiopy.vfio_user.client_regions import FIRST_ARGSZ, ClientRegions
+from vfiopy.vfio_user.client_regions import ClientRegions
 from vfiopy.vfio_user.connection import Connection
 from vfiopy.vfio_user.doorbells import Bells, DoorbellFd
 from vfiopy.vfio_user.power import PowerState, power_up
@@ -30,15 +29,12 @@ from vfiopy.vfio_user.wire import Command
 
 __all__ = ["VfioUserDeviceIo"]
 
-_MOST_WRITE: Final = 128 << 10  # libvfio-user loses the stream with what does not fit into the socket's buffer
-_MOST_READ: Final = 1 << 20
 _MOST_REGIONS: Final = 256
-_MOST_BITMAP: Final = 64 << 20
 _CONFIG: Final = int(RegionIndex.CONFIG)
 _BAR5: Final = int(RegionIndex.BAR5)
 
 
-class VfioUserDeviceIo(Resource):
+class VfioUserDeviceIo(FeatureRequests):
     """A device that a server offers.
 
     Opening leaves it as vfio-pci does: reset where it can be, in D0, BARs placed, memory decode on, bus mastering off.
@@ -181,7 +177,7 @@ class VfioUserDeviceIo(Resource):
             self.check_open()
             return self.connection.read_region(index, offset, size, data)
         self._check_range(index, offset, size)
-        most = min(_MOST_READ, self.connection.peer.max_data_xfer_size)
+        most = min(MOST_READ, self.connection.peer.max_data_xfer_size)
         return b"".join(
             self.connection.read_region(index, at, min(most, offset + size - at))
             for at in range(offset, offset + size, most)
@@ -206,7 +202,7 @@ class VfioUserDeviceIo(Resource):
                     self.connection.post_write(index, offset, data, gone)
                 return
         self._check_range(index, offset, size)
-        most = min(_MOST_WRITE, self.connection.peer.max_data_xfer_size)
+        most = min(MOST_WRITE, self.connection.peer.max_data_xfer_size)
         for start in range(0, size, most):
             piece = data[start : start + most]
             self._request(
@@ -234,7 +230,7 @@ class VfioUserDeviceIo(Resource):
             single = 0 if self._posting else 1  # which tells whether the others can be posted
         for number in range(min(single, count)):
             self.write(index, offset + number * step, data[number * width : (number + 1) * width])
-        most = (min(_MOST_WRITE, self.connection.peer.max_data_xfer_size) - wire.WRITE_MULTI.size) // wire.WRITE.size
+        most = (min(MOST_WRITE, self.connection.peer.max_data_xfer_size) - wire.WRITE_MULTI.size) // wire.WRITE.size
         for start in range(single, count, max(1, most)):
             numbers = range(start, min(count, start + max(1, most)))
             writes = b"".join(
@@ -336,45 +332,6 @@ class VfioUserDeviceIo(Resource):
         self._request(Command.RESET)
         self._look_at_power()
 
-    def feature(self, number: int, operation: int, data: bytes) -> bytes:
-        """VFIO_DEVICE_FEATURE; returns the payload of the reply.
-
-        Raises:
-            NotSupportedError: the server does not have it.
-        """
-        self.check_open()
-        argsz = wire.FEATURE.size + max(len(data), FIRST_ARGSZ)
-        if number == uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT and len(data) >= wire.DMA_REPORT.size:
-            # A server that forgets what it could not tell must not be asked twice.
-            _, length, page = wire.DMA_REPORT.unpack(data)
-            argsz = min(argsz + wire.bitmap_size(length, page or 1), _MOST_BITMAP)
-        while True:
-            reply = self._request(Command.FEATURE, wire.FEATURE.pack(argsz, number | operation), data)
-            needed = wire.FEATURE.unpack(reply).argsz
-            if not argsz < needed <= self.connection.peer.max_data_xfer_size:
-                return bytes(memoryview(reply)[wire.FEATURE.size :])
-            argsz = needed
-
-    def migration_read(self, size: int) -> bytes:
-        """Return the next bytes of the device's state: see :class:`vfiopy.backend.MigrationStream`."""
-        self.check_open()
-        fixed = wire.MIGRATION_DATA.size
-        asked = min(size, self.connection.peer.max_data_xfer_size - fixed, _MOST_READ)
-        reply = self._request(Command.MIG_DATA_READ, wire.MIGRATION_DATA.pack(fixed + asked, asked))
-        got = wire.MIGRATION_DATA.unpack(reply).size
-        if got > asked or len(reply) != fixed + got:
-            raise self._regions.malformed(f"{len(reply)} bytes for {asked} of migration data")
-        return bytes(memoryview(reply)[fixed:])
-
-    def migration_write(self, data: bytes) -> None:
-        """Take the next bytes of a device's state: see :class:`vfiopy.backend.MigrationStream`."""
-        self.check_open()
-        most = min(_MOST_WRITE, self.connection.peer.max_data_xfer_size)
-        for start in range(0, len(data), most):
-            piece = bytes(data[start : start + most])
-            head = wire.MIGRATION_DATA.pack(wire.MIGRATION_DATA.size + len(piece), len(piece))
-            self._request(Command.MIG_DATA_WRITE, head, piece)
-
     def reconnect(self) -> None:
         """Connect again after the server died or was replaced: mappings and interrupts are set up anew.
 
@@ -403,19 +360,6 @@ class VfioUserDeviceIo(Resource):
         self._irqs.repeat(self._most_fds())
         for index in self._bells.forget():
             self.ring_by_eventfd(index)
-
-    # --- messages ----------------------------------------------------------------------------------------------------
-
-    def _request(self, command: Command, *parts: bytes, fds: Sequence[int] = (), detail: str = "") -> bytearray:
-        payload, received = self._request_fds(command, *parts, fds=fds, detail=detail)
-        close_fds(received)
-        return payload
-
-    def _request_fds(
-        self, command: Command, *parts: bytes, fds: Sequence[int] = (), detail: str = ""
-    ) -> tuple[bytearray, list[int]]:
-        reply = self.connection.request(command, *parts, fds=fds, detail=detail)
-        return reply.payload, reply.fds
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
