@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ import vfiopy
 from vfiopy import emulated
 from vfiopy.drivers import nvme
 from vfiopy.drivers.nvme import commands
+from vfiopy.drivers.nvme.signals import VectorSignal
 from vfiopy.emulated.nvme import Namespace, Nvme
-from vfiopy.errors import BusyError, VfioError
+from vfiopy.errors import BusyError, VfioError, VfioTimeoutError
 from vfiopy.nvme_spec import registers as reg
 from vfiopy.nvme_spec.status import Code
 
@@ -125,6 +128,47 @@ def test_slow_commands_complete_out_of_order(way: str) -> None:
         for request in requests:
             request.wait()
         assert all((buffer == noise(512, lba)).all() for lba, buffer in enumerate(buffers))
+
+
+def test_compare_and_verify() -> None:
+    with driven(clean=False) as (disk, controller):
+        space, queue = controller.namespace(1), controller.queues[0]
+        data = noise(8192)
+        space.write(0, data)
+        with controller.device.dma.allocate(8192) as buffer:
+            buffer[:] = data
+            queue.execute(blocks(0x05, 0, 16), buffer)
+            buffer[8191] ^= 1
+            assert refused(controller, blocks(0x05, 0, 16), buffer, io=True) == Code.COMPARE_FAILURE
+            assert refused(controller, blocks(0x05, 131072, 1), buffer[:512], io=True) == Code.LBA_OUT_OF_RANGE
+        assert disk.logs.media_errors == 0
+        queue.execute(blocks(0x0C, 0, 4096))  # more than a command could move
+        assert refused(controller, blocks(0x0C, 131071, 2), io=True) == Code.LBA_OUT_OF_RANGE
+        os.ftruncate(disk.namespaces[1].backing.fd, 3 << 20)
+        assert refused(controller, blocks(0x0C, 4096, 4096), io=True) == Code.UNRECOVERED_READ_ERROR
+        queue.execute(blocks(0x0C, 2048, 4096))
+
+
+def blocks(opcode: int, lba: int, count: int) -> nvme.Command:
+    return nvme.Command(f"{opcode:#x}", opcode, 1, cdw10=lba, cdw12=count - 1)
+
+
+@pytest.mark.parametrize("messages", ["msi", None])
+def test_masked_interrupts(messages: str | None) -> None:
+    with driven(Nvme(messages=messages)) as (_, controller):
+        registers, queue = controller.device.bars[0], controller.queues[0]
+        registers.write32(reg.INTMS, 0xFFFF_FFFF)
+        request = queue.submit(commands.flush(1))
+        wait_for(lambda: queue.completions.poll(0.0))
+        assert isinstance(queue.signal, VectorSignal)
+        vector = queue.signal._vector
+        with pytest.raises(VfioTimeoutError):
+            vector.wait(timeout=0.05)
+        registers.write32(reg.INTMC, 0xFFFF_FFFF)
+        vector.wait(timeout=5.0)
+        request.wait()
+        assert queue.missed_interrupts == 0
+        controller.namespace(1).flush()
 
 
 IO_REFUSALS = [
@@ -274,7 +318,8 @@ def test_queues_out_of_reach_are_fatal() -> None:
 
 @both_ways
 def test_reset_in_the_middle_of_commands(way: str) -> None:
-    with driven(Nvme(delay=(0.0, 0.01)), way) as (_, controller):
+    with driven(Nvme(), way) as (disk, controller):
+        disk.inject(admin=False, opcode=2, delay=0.1, count=20)
         buffer = controller.device.dma.allocate(4096)
         requests = [controller.queues[0].submit(commands.read(1, lba, 1), buffer[:512]) for lba in range(20)]
         controller.reset()
@@ -282,6 +327,7 @@ def test_reset_in_the_middle_of_commands(way: str) -> None:
         buffer[:] = 0xAA
         controller.namespace(1).write(0, noise(4096))
         assert (controller.namespace(1).read(0, 8) == noise(4096)).all()
+        time.sleep(0.15)
         assert (buffer == 0xAA).all(), "DMA after the reset"
 
 

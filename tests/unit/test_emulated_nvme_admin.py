@@ -383,6 +383,25 @@ def test_a_busy_controller_is_not_rung() -> None:
             shadow[4] = queue.tail
 
 
+def test_a_command_that_comes_while_the_controller_goes_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with driven() as (disk, controller):
+        shadow, events = (controller.device.dma.allocate(1024, "<u4", alignment=4096) for _ in range(2))
+        configure(controller, shadow.iova, events.iova)
+        with raw_queue(controller) as queue:
+            host, expect = Shadow(controller, queue, shadow, events), disk._shadow._expect
+
+            def late(index: int, value: int) -> None:
+                if index == 4 and value == 1:
+                    host.submit(opcode=0, nsid=1)  # EventIdx is still that of before: no ring
+                expect(index, value)
+
+            monkeypatch.setattr(disk._shadow, "_expect", late)
+            host.submit(opcode=0, nsid=1)
+            # nobody says what was taken: that would ring, too
+            assert [queue.wait().cid, queue.wait().cid] == [0, 1]
+            assert host.rings == 1
+
+
 def test_shadow_doorbells_that_are_refused_or_out_of_reach() -> None:
     with driven(clean=False) as (disk, controller):
         table = controller.device.dma.allocate(1024, "<u4", alignment=4096)
