@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Coverage-guided fuzzing of what parses a peer's bytes, at both ends of vfio-user. Needs atheris.
 
-    python tests/fuzz/vfio_user.py -runs=1000000 [CORPUS]
+    python tests/fuzz/vfio_user.py -runs=1000000 [FOLDER]
+    python tests/fuzz/vfio_user.py keep FOLDER
 
 The first byte of an input chooses the parser, the rest is what the peer says. Whatever it says is understood or refused
 by a VfioError; everything else is a crash. Inputs that crashed are kept as tests in tests/unit/test_vfio_user_fuzz.py.
@@ -22,6 +23,7 @@ from pathlib import Path
 import atheris
 
 ROOT = Path(__file__).resolve().parents[2]
+CORPUS = Path(__file__).with_name("corpus.txt")
 sys.path[:0] = [os.fspath(ROOT), os.fspath(ROOT / "tests" / "unit")]
 
 # It would name each module that it looks into.
@@ -157,12 +159,24 @@ def seeds(folder: Path) -> None:
     inputs.append(bytes([5]) + wire.DMA_UNMAP.pack(48, 1, 0x10000, 0x1000) + wire.DIRTY_BITMAP.pack(0x1000, 8))
     inputs.append(bytes([7, 0]) + wire.DMA_ACCESS.pack(0x10000, 4))
     inputs.append(bytes([10]) + wire.HEADER.pack(1, 2, 20, 0, 0) + b"body")
+    inputs += [bytes.fromhex(line) for line in CORPUS.read_text().splitlines() if not line.startswith("#")]
     for number, one in enumerate(inputs):
         (folder / f"seed{number}").write_bytes(one)
 
 
+def keep(folder: Path) -> None:
+    """Write what a folder holds into the corpus: minimise it first, by libFuzzer's ``-merge=1 FOLDER OTHERS...``."""
+    found = {path.read_bytes() for path in folder.iterdir() if not path.name.startswith("seed")}
+    lines = [data.hex() for data in sorted(found, key=lambda data: (data[:1], len(data), data))]
+    title = "# Inputs that reach something new, in hex: see keep() in vfio_user.py."
+    CORPUS.write_text("\n".join([title, *lines, ""]))
+
+
 def main() -> None:
     """Fuzz until the limit that is given to libFuzzer."""
+    if sys.argv[1:2] == ["keep"]:
+        keep(Path(sys.argv[2]))
+        return
     ends = Ends()
 
     def one(data: bytes) -> None:
