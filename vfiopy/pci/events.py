@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from vfiopy.errors import NotSupportedError
+from vfiopy.errors import NotSupportedError, PciAddressError
 from vfiopy.lives import Resource
 from vfiopy.pci.address import PciAddress
 
@@ -28,11 +28,13 @@ class Event(NamedTuple):
         action: ``"add"``, ``"remove"``, ``"bind"``, ``"unbind"``, ``"change"``.
         address: the function.
         driver: the driver that it got, at ``"bind"`` and ``"add"``.
+        node: of events about a function's VFIO character device, its name (``"vfio0"``); see :func:`monitor`.
     """
 
     action: str
     address: PciAddress
     driver: str | None
+    node: str | None = None
 
 
 class Monitor(Resource):
@@ -74,10 +76,11 @@ class Monitor(Resource):
         self._source.close()
 
 
-def monitor(*, udev: bool | None = None) -> Monitor:
+def monitor(*, udev: bool | None = None, nodes: bool = False) -> Monitor:
     """Watch the PCI bus.
 
     Args:
+        nodes: watch the character devices of functions that are VFIO's, too (subsystem ``vfio-dev``).
         udev: True: events that udev has finished with, so that node permissions are set already; needs
             pyudev and a running udev. False: the kernel's own, at once. None: udev's where it runs, else the
             kernel's.
@@ -88,7 +91,7 @@ def monitor(*, udev: bool | None = None) -> Monitor:
     if udev is None:
         udev = os.path.exists("/run/udev/control") and _pyudev() is not None  # noqa: PTH110
     if not udev:
-        return Monitor(_Kernel(), "monitor of the kernel's PCI events")
+        return Monitor(_Kernel(nodes), "monitor of the kernel's PCI events")
     pyudev = _pyudev()
     if pyudev is None:
         raise NotSupportedError(
@@ -96,7 +99,7 @@ def monitor(*, udev: bool | None = None) -> Monitor:
             object="udev monitor",
             hint="install them, or take the kernel's events: monitor(udev=False)",
         )
-    return Monitor(_Udev(pyudev), "monitor of udev's PCI events")
+    return Monitor(_Udev(pyudev, nodes), "monitor of udev's PCI events")
 
 
 def _pyudev() -> Any:
@@ -122,7 +125,8 @@ class _Source:
 class _Kernel(_Source):
     """The kernel's uevents: header, then KEY=value, each ended by a zero byte (lib/kobject_uevent.c)."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: bool) -> None:
+        self._nodes = nodes
         self._socket = socket.socket(
             socket.AF_NETLINK,
             socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
@@ -144,6 +148,8 @@ class _Kernel(_Source):
         if sender[0]:  # not the kernel
             return None
         fields = dict(part.split("=", 1) for part in data.decode("utf-8", "replace").split("\0") if "=" in part)
+        if self._nodes and fields.get("SUBSYSTEM") == "vfio-dev":
+            return _of_node(fields["ACTION"], fields.get("DEVPATH", ""))
         if fields.get("SUBSYSTEM") != "pci" or "PCI_SLOT_NAME" not in fields:
             return None
         return Event(fields["ACTION"], PciAddress.parse(fields["PCI_SLOT_NAME"]), fields.get("DRIVER"))
@@ -152,10 +158,21 @@ class _Kernel(_Source):
         self._socket.close()
 
 
+def _of_node(action: str, path: str) -> Event | None:
+    """``/devices/pci0000:00/0000:00:05.0/vfio-dev/vfio0``; mediated devices have another parent."""
+    parts = path.split("/")
+    try:
+        return Event(action, PciAddress.parse(parts[-3]), None, parts[-1])
+    except (IndexError, PciAddressError):
+        return None
+
+
 class _Udev(_Source):
-    def __init__(self, pyudev: Any) -> None:
+    def __init__(self, pyudev: Any, nodes: bool) -> None:
         self._monitor = pyudev.Monitor.from_netlink(pyudev.Context())
         self._monitor.filter_by("pci")
+        if nodes:
+            self._monitor.filter_by("vfio-dev")
         self._monitor.start()
         self.fileno = self._monitor.fileno
 
@@ -163,6 +180,8 @@ class _Udev(_Source):
         device = self._monitor.poll(0)
         if device is None:
             return None
+        if device.subsystem == "vfio-dev":
+            return _of_node(device.action, device.device_path)
         return Event(device.action, PciAddress.parse(device.sys_name), device.properties.get("DRIVER"))
 
     def close(self) -> None:
