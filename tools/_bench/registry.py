@@ -17,6 +17,7 @@ BENCHMARKS = {
     "vfio_user": "tools._bench.vfio_user",
     "p2p": "tools._bench.p2p",
     "nvme": "tools._bench.nvme",
+    "trace": "tools._bench.trace",
 }
 
 
