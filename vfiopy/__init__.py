@@ -39,6 +39,7 @@ from vfiopy.errors import (
     VfiopyError,
     VfioTimeoutError,
 )
+from vfiopy.inspection import allow_inspection
 from vfiopy.mmio import Region
 from vfiopy.opening import open, serve  # noqa: A004  vfiopy.open is what users expect to call
 from vfiopy.pci import Binding, Function, PciAddress, bind, find, function, grant, restore, unbind
@@ -102,6 +103,7 @@ __all__ = [
     "VfioError",
     "VfioTimeoutError",
     "VfiopyError",
+    "allow_inspection",
     "bind",
     "file_memory",
     "find",

@@ -68,6 +68,10 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
         if made_space:
             room.close()
         raise
+    if os.environ.get("VFIOPY_INSPECT", "0") != "0":
+        from vfiopy.inspection.server import allow_by_environment  # noqa: PLC0415  as below
+
+        allow_by_environment()
     if "VFIOPY_TRACE" in os.environ:
         from vfiopy.trace.program import trace_opened  # noqa: PLC0415  what is not asked for is not loaded
 

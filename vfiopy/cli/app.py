@@ -11,7 +11,9 @@ from vfiopy.cli.bind import run_bind, run_restore, run_unbind
 from vfiopy.cli.doctor import run_doctor
 from vfiopy.cli.dump import run_dump
 from vfiopy.cli.info import run_info
+from vfiopy.cli.iova import run_iova
 from vfiopy.cli.list import run_list
+from vfiopy.cli.monitor import run_monitor
 from vfiopy.cli.new_device import run_new_device
 from vfiopy.cli.read import run_read
 from vfiopy.cli.replay import run_replay
@@ -66,3 +68,5 @@ app.command("serve")(run_serve)
 app.command("new-device")(run_new_device)
 app.command("trace", context_settings={"allow_interspersed_args": False})(run_trace)
 app.command("replay")(run_replay)
+app.command("monitor")(run_monitor)
+app.command("iova")(run_iova)

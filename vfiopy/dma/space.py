@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from typing_extensions import Buffer
 
-__all__ = ["AddressSpace", "Member"]
+__all__ = ["AddressSpace", "Member", "all_spaces"]
+
+_all: WeakSet[AddressSpace] = WeakSet()
 
 
 class AddressSpace(PeerMemory):
@@ -54,6 +57,7 @@ class AddressSpace(PeerMemory):
         self._allocations: WeakSet[Allocation] = WeakSet()
         self._patience: tuple[float | None, bool] = (0.0, False)
         self._choose_road()
+        _all.add(self)
 
     def _choose_road(self) -> None:
         """Let plain buffers go straight to the book where nobody else has to be asked."""
@@ -299,6 +303,10 @@ class AddressSpace(PeerMemory):
     def _handle_of(self, found: IovaMapping) -> Mapping:
         return Mapping(self, found.iova, found.size, found.address, found.prot, found.serial)
 
+    def members(self) -> list[Member]:
+        """Return the devices that are in it."""
+        return self._mappers.members()
+
     def usable_ranges(self) -> list[IovaRange]:
         """Return the IOVA ranges that all mappers of the space can use."""
         return [IovaRange(*bounds) for bounds in self.book.usable()]
@@ -352,3 +360,8 @@ class AddressSpace(PeerMemory):
             else:
                 allocation.close()  # nothing is left to unmap; it only learns that it is over
         self._direct = False
+
+
+def all_spaces() -> list[AddressSpace]:
+    """Return the address spaces of this process that are open, in no order."""
+    return [space for space in _all.copy() if space and space._pid == os.getpid()]

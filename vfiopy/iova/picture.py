@@ -15,7 +15,7 @@ from vfiopy import _native
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Stretch", "plot", "stretches", "text_map"]
+__all__ = ["Stretch", "bytes_word", "kind_word", "plot", "prot_word", "state_word", "stretches", "text_map"]
 
 _LAST = (1 << 64) - 1
 _KINDS = {
@@ -41,6 +41,21 @@ _COLOURS = {
     "not usable": "black",
 }
 _MOST_ROWS = 60
+
+
+def kind_word(kind: int) -> str:
+    """Return what pictures call a kind of memory."""
+    return _KINDS[kind]
+
+
+def prot_word(prot: int) -> str:
+    """Return ``"r"``, ``"w"`` or ``"rw"``."""
+    return _PROTS[prot]
+
+
+def state_word(state: int) -> str:
+    """Return what pictures call a mapping's state; ``"live"`` where they say nothing."""
+    return _STATES.get(state, "live")
 
 
 class Stretch(NamedTuple):
@@ -103,7 +118,8 @@ def _with_holes(rows: Iterable[Stretch]) -> Iterable[Stretch]:
         yield Stretch(at, _LAST, "not usable")
 
 
-def _bytes(size: int) -> str:
+def bytes_word(size: int) -> str:
+    """Return a size as people write it: ``"2 MiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if size < 1024:
             return f"{size:g} {unit}" if unit == "B" else f"{size:.4g} {unit}"
@@ -134,8 +150,8 @@ def text_map(space: _native.IovaSpace, width: int = 64) -> str:
     """
     figures = _native.IovaSpace.stats(space)
     head = (
-        f"space '{space.name}': {figures['mappings']} mappings, {_bytes(figures['mapped_bytes'])} mapped, "
-        f"{_bytes(figures['pinned_bytes'])} pinned, {_bytes(figures['free_bytes'])} free in "
+        f"space '{space.name}': {figures['mappings']} mappings, {bytes_word(figures['mapped_bytes'])} mapped, "
+        f"{bytes_word(figures['pinned_bytes'])} pinned, {bytes_word(figures['free_bytes'])} free in "
         f"{figures['free_ranges']} ranges, fragmentation {figures['fragmentation']:.3f}"
     )
     lines = [head]
@@ -150,7 +166,7 @@ def text_map(space: _native.IovaSpace, width: int = 64) -> str:
         if row.mappings > 1:
             use += f" x{row.mappings}"
         bar = f"  {_pin_bar(row, width)}" if row.pinned else ""
-        lines.append(f"  {row.first:#018x}-{row.last:#018x} {_bytes(row.size):>10}  {use}{bar}")
+        lines.append(f"  {row.first:#018x}-{row.last:#018x} {bytes_word(row.size):>10}  {use}{bar}")
     return "\n".join(lines)
 
 
