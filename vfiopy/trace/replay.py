@@ -19,8 +19,14 @@ from vfiopy.trace.plan import Step, plan
 
 __all__ = ["Difference", "Outcome", "Replay"]
 
-# What the system assigns, and no two machines alike: base addresses, ROM address, interrupt line (PCIe 6.0, 7.5.1)
-_ASSIGNED = (Place("config", 0x10, 0x27), Place("config", 0x30, 0x33), Place("config", 0x3C, 0x3C))
+# What the system sets, and no two machines alike (PCIe 6.0, 7.5.1): I/O decoding, parity and SERR# of the command
+# register, base addresses, ROM address, interrupt line.
+_ASSIGNED = (
+    Place("config", 0x04, 0x04, 0x0141),
+    Place("config", 0x10, 0x27),
+    Place("config", 0x30, 0x33),
+    Place("config", 0x3C, 0x3C),
+)
 _INDEXES = {**{f"bar{number}": number for number in range(6)}, "rom": 6, "vga": 8}
 
 
