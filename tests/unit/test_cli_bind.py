@@ -317,6 +317,17 @@ def test_for_a_group_all_files_or_none(kernel: FakeKernel) -> None:
     assert driver(kernel, NIC) == "igb"
 
 
+def test_a_group_goes_together_at_boot_too(kernel: FakeKernel) -> None:
+    """One by one, each of them would be refused: another driver still has the other."""
+    for words in (["--group", NIC], [NIC, SECOND]):
+        answer(kernel, "bind", "--persist", *words)
+        for one in (NIC, SECOND):
+            assert f'-m vfiopy bind --group --driver vfio-pci {one}"' in rule(kernel, one).read_text()
+        answer(kernel, "restore")
+    answer(kernel, "bind", "--persist", NVME, *(NIC, SECOND))
+    assert "--group" not in rule(kernel).read_text()
+
+
 def test_where_nothing_can_be_written(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))

@@ -142,7 +142,8 @@ def _persist(
         for one, entry in zip(functions, report, strict=True):
             if not pci.persisted(one.address, system=system):
                 fresh.append(one)
-            files = pci.persist(one.address, driver, user=user, group=group_name, system=system)
+            others = any(other != one and other in functions for other in one.group_members())
+            files = pci.persist(one.address, driver, whole_group=others, user=user, group=group_name, system=system)
             entry["persisted"] = [str(file) for file in files]
     except BaseException:
         for one in fresh:

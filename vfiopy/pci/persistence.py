@@ -61,6 +61,7 @@ def persist(
     address: PciAddress | str,
     driver: str = "vfio-pci",
     *,
+    whole_group: bool = False,
     user: str | None = None,
     group: str | None = None,
     system: System | None = None,
@@ -69,6 +70,15 @@ def persist(
 
     The rule sets the function's override before its own driver is looked for, and runs ``vfiopy bind`` for one that
     has a driver already; that refuses what the running system uses. So a disk with a mounted root stays.
+
+    Args:
+        address: the function.
+        driver: the driver.
+        whole_group: its IOMMU group has others that are bound at each boot, too. They go together: one by one each
+            would be refused because of the others.
+        user: name of who may open it.
+        group: name of the group that may open it.
+        system: other roots than /sys, /proc, /dev and /etc.
 
     Returns:
         The files that were written.
@@ -93,10 +103,11 @@ def persist(
     if use_driverctl:
         lines = [f"{_TAG}nodes of {where}; 'vfiopy unbind --persist {where}' removes this file"]
     else:
+        together = "--group " if whole_group else ""
         lines.append(
             f'ACTION=="add", SUBSYSTEM=="pci", KERNEL=="{where}", ATTR{{driver_override}}="{driver}", '
             f'RUN{{builtin}}+="kmod load {driver}", '
-            f'RUN+="{_python()} -m vfiopy bind --driver {driver} {where}"'
+            f'RUN+="{_python()} -m vfiopy bind {together}--driver {driver} {where}"'
         )
     text = "\n".join(lines) + "\n"
     if user is not None or group is not None:
