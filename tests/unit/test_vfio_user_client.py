@@ -699,6 +699,33 @@ def test_bad_answers_to_a_read(payload: bytes) -> None:
     mapper.close()
 
 
+@pytest.mark.parametrize("half", [socket.SHUT_RD, socket.SHUT_WR])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_server_that_hangs_up_by_half(half: int, when: str) -> None:
+    """It takes nothing more, or says nothing more: either way it is gone, at once and for good."""
+
+    def script(channel: Channel, message: Message) -> None:
+        if not plain(channel, message):
+            channel._socket.shutdown(half)
+            if half == socket.SHUT_RD:  # what was asked before still has its answer
+                reply(channel, message, bytes(message.payload) + b"1234")
+
+    server = FakeServer(script)
+    io, mapper = server.connect(timeout=5.0)
+    if when == "before":
+        server.channel._socket.shutdown(half)
+    elif half == socket.SHUT_RD:
+        assert io.read(0, 0, 4) == b"1234"
+    begin = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(vfiopy.DeviceGoneError):
+            io.read(0, 0, 4)
+    assert time.monotonic() - begin < 2
+    assert not io.connection.alive
+    io.close()
+    mapper.close()
+
+
 def test_fds_with_answers_that_have_none_are_closed() -> None:
     def script(channel: Channel, message: Message) -> None:
         if not plain(channel, message):
