@@ -97,6 +97,9 @@ class Execution:
             refusal = refused
         except NotMappedError:
             refusal = RefusedError(Code.DATA_TRANSFER_ERROR, retry=True)
+        except Exception as error:  # a mistake of ours: the host gets an answer, and the other commands their turn
+            self._device.record_error(f"{type(error).__name__} in command {command.opcode:#x}: {error}", error)
+            refusal = RefusedError(Code.INTERNAL_ERROR)
         if rule is not None and rule.cid is not None:
             command = command._replace(cid=rule.cid)
         if result is not None and not (rule is not None and rule.drop):

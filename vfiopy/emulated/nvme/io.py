@@ -133,13 +133,16 @@ class IoCommands:
 
     def _verify(self, command: Command) -> None:
         namespace = self._namespace(command)
-        namespace.verify(*self._extent(command, namespace))
+        extent = self._extent(command, namespace)
+        with self._slow():
+            namespace.verify(*extent)
 
     def _write_zeroes(self, command: Command) -> None:
         namespace = self._namespace(command)
         namespace.check_writable()
         lba, count = self._extent(command, namespace)
-        namespace.zero(lba, count, deallocate=bool(command.cdw12 & _DEALLOCATE))
+        with self._slow():
+            namespace.zero(lba, count, deallocate=bool(command.cdw12 & _DEALLOCATE))
         self._settle(command, namespace)
 
     def _manage(self, command: Command) -> None:
@@ -149,8 +152,9 @@ class IoCommands:
             namespace.offset(lba, count)
         if command.cdw11 & _ATTRIBUTE_DEALLOCATE:
             namespace.check_writable()
-            for _, count, lba in ranges:
-                namespace.zero(lba, count, deallocate=True)
+            with self._slow():
+                for _, count, lba in ranges:
+                    namespace.zero(lba, count, deallocate=True)
 
     def _flush(self, command: Command) -> None:
         every = command.nsid == ALL_NAMESPACES
