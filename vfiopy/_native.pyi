@@ -433,3 +433,15 @@ class Wire:
         most_queued: int,
         /,
     ) -> Message | tuple[Message, BaseException] | bool: ...
+    def run(
+        self,
+        read: Callable[[int, int, int], bytes],
+        write: Callable[[int, int, bytes], None],
+        limit: int,
+        most_queued: int,
+        poll: int,
+        acquire: Callable[[], object],
+        release: Callable[[], object],
+        found: Callable[[Message | tuple[Message, BaseException]], None],
+        /,
+    ) -> dict[int, int]: ...

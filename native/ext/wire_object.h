@@ -76,6 +76,7 @@ PyObject *vfiopy_wire_take_turn(PyObject *object, PyObject *ignored);
 PyObject *vfiopy_wire_has_turn(PyObject *object, PyObject *ignored);
 PyObject *vfiopy_wire_give_turn(PyObject *object, PyObject *ignored);
 PyObject *vfiopy_wire_wait(PyObject *object, PyObject *argument);
+PyObject *vfiopy_wire_run(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 PyObject *vfiopy_wire_serve(PyObject *object, PyObject *const *args, Py_ssize_t nargs);
 
 #endif

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/epoll.h>
 
 #include "ext/wire_object.h"
 
@@ -86,24 +87,29 @@ static int perform(struct wire_object *self, const struct vfiopy_wire_header *he
     return 1;
 }
 
-PyObject *vfiopy_wire_serve(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+/* Who does the accesses, and how many at once. */
+struct work {
+    PyObject *read, *write;
+    long limit, most_queued;
+};
+
+static int get_work(struct work *work, PyObject *const *args)
 {
-    struct wire_object *self = vfiopy_wire_of(object);
+    work->read = args[0];
+    work->write = args[1];
+    work->limit = PyLong_AsLong(args[2]);
+    work->most_queued = PyLong_AsLong(args[3]);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *serve(struct wire_object *self, const struct work *work)
+{
     struct vfiopy_wire_message message;
     struct access access;
-    long limit, most_queued;
     bool filled = false;
     int result, sent = VFIOPY_WIRE_DONE;
 
-    if (nargs != 4) {
-        PyErr_SetString(PyExc_TypeError, "serve(read, write, limit, most_queued)");
-        return NULL;
-    }
-    limit = PyLong_AsLong(args[2]);
-    most_queued = PyLong_AsLong(args[3]);
-    if (PyErr_Occurred())
-        return NULL;
-    while (limit-- > 0) {
+    for (long left = work->limit; left > 0; left--) {
         struct vfiopy_wire_header header;
         PyObject *data = NULL;
         int done;
@@ -127,14 +133,113 @@ PyObject *vfiopy_wire_serve(PyObject *object, PyObject *const *args, Py_ssize_t 
                 return NULL;
         }
         vfiopy_wire_pop(&self->wire, false);
-        done = perform(self, &header, &access, args[data ? 1 : 0], data, &sent);
+        done = perform(self, &header, &access, data ? work->write : work->read, data, &sent);
         Py_XDECREF(data);
         if (done < 0)
             return failure(self, &header);
         if (sent != VFIOPY_WIRE_DONE && sent != VFIOPY_WIRE_NOTHING)
             return vfiopy_wire_raise(self, sent);
-        if ((long)atomic_load(&self->wire.queued) > most_queued)
+        if ((long)atomic_load(&self->wire.queued) > work->most_queued)
             break;
     }
     Py_RETURN_TRUE;
+}
+
+PyObject *vfiopy_wire_serve(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct work work;
+
+    if (nargs != 4) {
+        PyErr_SetString(PyExc_TypeError, "serve(read, write, limit, most_queued)");
+        return NULL;
+    }
+    return get_work(&work, args) ? NULL : serve(vfiopy_wire_of(object), &work);
+}
+
+/* --- with an epoll around it ------------------------------------------------------------------------------------- */
+
+enum { MOST_EVENTS = 16 };
+
+static PyObject *as_dict(const struct epoll_event *events, int count)
+{
+    PyObject *found = PyDict_New();
+
+    for (int i = 0; found && i < count; i++) {
+        PyObject *fd = PyLong_FromLong(events[i].data.fd), *what = PyLong_FromUnsignedLong(events[i].events);
+
+        if (!fd || !what || PyDict_SetItem(found, fd, what))
+            Py_CLEAR(found);
+        Py_XDECREF(fd);
+        Py_XDECREF(what);
+    }
+    return found;
+}
+
+/* With the server's lock: serve once. 1: all is done; 0: Python has to look; -1 with an error set. */
+static int serve_locked(struct wire_object *self, const struct work *work, PyObject *found)
+{
+    PyObject *result = self->usable ? serve(self, work) : Py_NewRef(Py_True), *told;
+
+    if (!result)
+        return -1;
+    if (result == Py_False || result == Py_True) {
+        Py_DECREF(result);
+        return result == Py_False;
+    }
+    told = PyObject_CallFunctionObjArgs(found, result, NULL);
+    Py_DECREF(result);
+    Py_XDECREF(told);
+    return told ? 0 : -1;
+}
+
+/* Call lock.acquire or lock.release; an exception that is set stays. */
+static int call(PyObject *method)
+{
+    PyObject *type, *value, *traceback, *result;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    result = PyObject_CallFunctionObjArgs(method, NULL);
+    Py_XDECREF(result);
+    if (type)
+        PyErr_Restore(type, value, traceback);
+    return result ? 0 : -1;
+}
+
+PyObject *vfiopy_wire_run(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct wire_object *self = vfiopy_wire_of(object);
+    struct epoll_event events[MOST_EVENTS];
+    struct work work;
+    long poll;
+
+    if (nargs != 8) {
+        PyErr_SetString(PyExc_TypeError, "run(read, write, limit, most_queued, poll, acquire, release, found)");
+        return NULL;
+    }
+    poll = PyLong_AsLong(args[4]);
+    if (PyErr_Occurred() || get_work(&work, args))
+        return NULL;
+    for (;;) {
+        int count, done;
+
+        Py_BEGIN_ALLOW_THREADS
+        count = epoll_wait((int)poll, events, MOST_EVENTS, -1);
+        Py_END_ALLOW_THREADS
+        if (count < 0 && errno != EINTR)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        if (count < 0) {
+            if (PyErr_CheckSignals())
+                return NULL;
+            continue;
+        }
+        if (count != 1 || events[0].events != EPOLLIN || events[0].data.fd != self->wire.fd)
+            return as_dict(events, count);
+        if (call(args[5]))
+            return NULL;
+        done = serve_locked(self, &work, args[7]);
+        if (call(args[6]) || done < 0)
+            return NULL;
+        if (!done)
+            return as_dict(events, count);
+    }
 }

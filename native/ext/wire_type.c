@@ -284,11 +284,15 @@ static PyMethodDef methods[] = {
      "Answer REGION_READ and REGION_WRITE, at most `limit`, by calling read(region, offset, size) and\n"
      "write(region, offset, data). Return the first message that is something else; (message, exception) where a\n"
      "handler failed; True where more may be there, or what is queued waits for room; else False."},
+    {"run", VFIOPY_FAST(vfiopy_wire_run), METH_FASTCALL,
+     "run(read, write, limit, most_queued, poll, acquire, release, found, /)\n--\n\n"
+     "Wait for the epoll fd `poll`, and serve() under a lock, for as long as nothing else is to be done. Then hand what\n"
+     "serve() returned, if it was no bool, to found(), and return {fd: events} of the last wait."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef members[] = {
-    {"usable", T_BOOL, offsetof(struct wire_object, usable), 0, "exchange(), read() and post() may be used"},
+    {"usable", T_BOOL, offsetof(struct wire_object, usable), 0, "exchange(), read(), post() and run() may be used"},
     {"timeout", T_DOUBLE, offsetof(struct wire_object, timeout), 0, "seconds that read() waits"},
     {NULL, 0, 0, 0, NULL},
 };

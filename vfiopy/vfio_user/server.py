@@ -236,13 +236,25 @@ class Server(Resource):
 
     def run(self) -> None:
         """Serve in this thread until :meth:`close` is called by another."""
-        poll, lock = self._epoll.poll, self._lock
         while self._open:
-            session = self._session
-            events = poll(None if session is None or session.deadline is None else self.patience, _MOST_EVENTS)
-            with lock:
+            events = self._wait()
+            with self._lock:
                 if self._open:
-                    self._serve(events)
+                    self._do(events)
+
+    def _wait(self) -> dict[int, int]:
+        """Wait for something that is no register access; those are answered meanwhile."""
+        session = self._session
+        if session is None or not session.is_plain:
+            patience = self.patience
+            return dict(self._epoll.poll(-1 if patience is None else patience, _MOST_EVENTS))
+        try:
+            return session.run(self._epoll.fileno(), self._lock)
+        except VfiopyError as error:
+            with self._lock:
+                if self._session is session:
+                    self._let_go(error)
+            return {}
 
     async def serve(self) -> None:
         """Serve in this task until it is cancelled or :meth:`close` is called; without a thread."""
@@ -266,12 +278,12 @@ class Server(Resource):
                 timer = None
             try:
                 self.step()
-                patience = self.patience
             except Exception as error:
                 end(error)
                 return
-            if patience is not None:
-                timer = loop.call_later(patience, step)
+            session = self._session
+            if session is not None and session.deadline is not None:
+                timer = loop.call_later(self.patience or 0, step)
 
         fd = self._epoll.fileno()
         self._on_close = lambda: loop.call_soon_threadsafe(end)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from vfiopy.errors import ClosedError, ProtocolError, VfioError
 from vfiopy.iova import IovaClosing
@@ -50,6 +50,11 @@ class Limits:
     unmap_timeout: float = 4.0
     request_timeout: float = 5.0
     trust_files: bool = False
+
+
+class _Lock(Protocol):
+    def acquire(self) -> bool: ...
+    def release(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -146,7 +151,7 @@ class Session:
             DeviceGoneError: the client went.
             ProtocolError: the client does not keep to the protocol; close the session.
         """
-        if self._requests is None or self._unmap is not None or self._backlog or self._found is not None:
+        if self._unmap is not None or self._backlog or self._found is not None or self._requests is None:
             return False
         found = self._wire.serve(self._read, self._write, _BATCH, _QUEUED)
         if found is False:
@@ -154,6 +159,25 @@ class Session:
         if found is not True:
             self._sort(found)
         return False
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing waits: :meth:`run` may be used."""
+        return self._requests is not None and self._unmap is None and not self._backlog and self._found is None
+
+    def run(self, poll: int, lock: _Lock) -> dict[int, int]:
+        """Wait, and answer register accesses under a lock, until something else happens; return that: fds and events.
+
+        Args:
+            poll: the fd of an epoll that watches :meth:`interests`, and more.
+            lock: held while accesses are done; others hold it while they change or close the session.
+
+        Raises:
+            DeviceGoneError, ProtocolError: as :meth:`serve` does.
+        """
+        return self._wire.run(
+            self._read, self._write, _BATCH, _QUEUED, poll, lock.acquire, lock.release, self._sort
+        )
 
     def _sort(self, found: Message | tuple[Message, BaseException]) -> None:
         """Keep a message for the pump, or answer for a handler that failed."""
@@ -291,6 +315,7 @@ class Session:
             timeout=self._limits.request_timeout,
         )
         self._requests.pump_thread = threading.get_ident()
+        self._wire.usable = True
         reply = encode_version(min(minor, wire.MINOR), offer)
         try:
             self._send(message, (reply,), tuple(end.fileno() for end in ends[1:]))
