@@ -76,6 +76,8 @@ class Ends:
             self.frame,
             lambda data: decode_io_fds(data, [], 0),
             lambda data: ServedDoorbells(io).reply(data, 16),
+            self.exchange,
+            self.accesses,
         ]
 
     def serve(self, data: bytes) -> None:
@@ -130,6 +132,37 @@ class Ends:
         self.log.note(int.from_bytes(data[1:5], "little"), 4096)
         self.log.feature(number, (data[0] >> 4) << 16 if data else 0, data[1:])
 
+    def exchange(self, data: bytes) -> None:
+        """What a server says while a client waits for the answer to a read."""
+        ours, theirs = socket.socketpair()
+        channel = Channel(ours, "fuzz", max_data=64)
+        try:
+            if data:
+                theirs.send(data)
+            theirs.shutdown(socket.SHUT_WR)
+            channel.wire.use(lambda message: close_fds(message.fds), lambda: None, -1)
+            channel.wire.timeout, channel.wire.usable = 1.0, True
+            while (found := channel.wire.read(0, 0, 4)) is not None:
+                assert isinstance(found, Message) or len(found) == 4
+        finally:
+            channel.close()
+            theirs.close()
+
+    def accesses(self, data: bytes) -> None:
+        """What a client says, as the native part of the server takes it."""
+        ours, theirs = socket.socketpair()
+        channel = Channel(ours, "fuzz", max_data=4096)
+        try:
+            if data:
+                theirs.send(data)
+            theirs.close()
+            while found := channel.wire.serve(self.near.read, self.near.write, 8, 1 << 20):
+                if isinstance(found, tuple) and not isinstance(found[1], VfioError):
+                    raise found[1]
+        finally:
+            channel.close()
+            theirs.close()
+
     def frame(self, data: bytes) -> None:
         """The stream itself."""
         ours, theirs = socket.socketpair()
@@ -160,6 +193,10 @@ def seeds(folder: Path) -> None:
     inputs.append(bytes([7, 0]) + wire.DMA_ACCESS.pack(0x10000, 4))
     inputs.append(bytes([10]) + wire.HEADER.pack(1, 2, 20, 0, 0) + b"body")
     inputs += [bytes.fromhex(line) for line in CORPUS.read_text().splitlines() if not line.startswith("#")]
+    head, access = wire.HEADER.pack, wire.REGION_ACCESS.pack
+    inputs.append(bytes([13]) + head(0, 9, 36, 1, 0) + access(0, 0, 4) + b"data")
+    write = head(2, 10, 36, 16, 0) + access(4, 0, 4) + b"data"
+    inputs.append(bytes([14]) + head(1, 9, 32, 0, 0) + access(0, 0, 4) + write)
     for number, one in enumerate(inputs):
         (folder / f"seed{number}").write_bytes(one)
 

@@ -8,7 +8,7 @@ sender takes as the reply; a reply's ``argsz`` is what all of it needs.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -238,15 +238,17 @@ class Form(Generic[_Record]):
         size: bytes.
         pack: lays the fields out; raises ``struct.error`` for what does not fit.
         fields: the fields of a record in a buffer that is known to hold it, as a plain tuple.
+        each: the same of one record after another, in a buffer of nothing else.
     """
 
-    __slots__ = ("_make", "_struct", "fields", "pack", "size")
+    __slots__ = ("_make", "_struct", "each", "fields", "pack", "size")
 
     def __init__(self, record: type[_Record], codes: str) -> None:
         self._struct = Struct("=" + codes)
         self._make: Any = record._make  # type: ignore[attr-defined]  # of every NamedTuple
         self.size = self._struct.size
         self.pack: Callable[..., bytes] = self._struct.pack
+        self.each: Callable[..., Iterator[tuple[Any, ...]]] = self._struct.iter_unpack
         self.fields: Callable[..., tuple[Any, ...]] = self._struct.unpack_from
 
     def unpack(self, data: bytes | bytearray | memoryview, offset: int = 0) -> _Record:

@@ -130,13 +130,12 @@ class ServedDevice:
         count = wire.WRITE_MULTI.unpack(payload).writes
         if len(payload) != wire.WRITE_MULTI.size + count * wire.WRITE.size:
             raise wire.malformed(f"REGION_WRITE_MULTI of {count} writes has {len(payload)} bytes")
-        writes = [
-            wire.WRITE.unpack(payload, wire.WRITE_MULTI.size + number * wire.WRITE.size) for number in range(count)
-        ]
-        if any(write.size > len(write.data) for write in writes):
+        writes = list(wire.WRITE.each(memoryview(payload)[wire.WRITE_MULTI.size :]))
+        if any(size > len(data) for _, _, size, data in writes):
             raise wire.malformed("REGION_WRITE_MULTI with a write of more than 8 bytes")
-        for write in writes:
-            self.io.write(write.region, write.offset, write.data[: write.size])
+        write = self.io.write
+        for offset, region, size, data in writes:
+            write(region, offset, data[:size])
         return (wire.WRITE_MULTI.pack(count),), ()
 
     # --- the rest ----------------------------------------------------------------------------------------------------
