@@ -109,7 +109,7 @@ def _complete(_app: Sphinx, env: BuildEnvironment) -> None:
         for member in module.__all__:
             known = {f"{name}.{member}", _public_name(getattr(module, member), [])}
             if not known & objects.keys():
-                _log.warning("%s.%s is exported, but has no docstring for its API page", name, member)
+                _log.warning("%s.%s: exported, but without docstring or not in docs/reference/api", name, member)
 
 
 def _find(target: str, module: str | None, owner: str | None) -> tuple[object, list[str]] | None:

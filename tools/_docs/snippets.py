@@ -8,6 +8,8 @@ A Python block runs anywhere, unless a comment on the line above it says otherwi
     it needs a kernel with VFIO; it runs in the lab's guest, on the lab's device of that name (:data:`DEVICES`)
 ``<!--- guest bound: ... -->``
     the same, and the device is on vfio-pci before
+``<!--- needs: numba -->``
+    it runs where that can be imported
 ``<!--- not run: reason -->``
     it runs nowhere; ``tests/docs`` has the list of these
 
@@ -41,7 +43,7 @@ DEVICES = {
 }
 """The lab's devices by the names that comments use: id, and which one with that id."""
 
-_PLACE = re.compile(r"^[ \t]*<!--- (run on|guest bound|guest|not run): ?(.*) -->\s*\Z", re.MULTILINE)
+_PLACE = re.compile(r"^[ \t]*<!--- (run on|guest bound|guest|needs|not run): ?(.*) -->\s*\Z", re.MULTILINE)
 _WORDS = re.compile(r"`(vfiopy [a-z][^`\n]*)`")
 
 
@@ -53,7 +55,7 @@ class Snippet:
     line: int
     source: str
     place: str
-    """``run on``, ``guest``, ``guest bound``, ``not run``, or nothing: anywhere."""
+    """``run on``, ``guest``, ``guest bound``, ``needs``, ``not run``, or nothing: anywhere."""
     reason: str
     devices: dict[str, str] = field(default_factory=dict)
     """Address in the text → device that it stands for."""
@@ -70,6 +72,8 @@ class Command:
     page: str
     line: int
     words: tuple[str, ...]
+    named: bool = False
+    """It is named in the text, and may be incomplete."""
 
     def __str__(self) -> str:
         """Where it is, and what."""
@@ -94,20 +98,25 @@ def snippets(page: Path) -> list[Snippet]:
     found = []
     for line, source, place in _blocks(page, "python"):
         kind, words = (place[1], place[2]) if place else ("", "")
-        devices = dict(word.split("=", 1) for word in words.split()) if kind not in ("", "not run") else {}
-        reason = words if kind == "not run" else ""
+        devices = dict(word.split("=", 1) for word in words.split()) if "=" in words else {}
+        reason = words if kind in ("needs", "not run") else ""
         found.append(Snippet(name, line + source.line_offset, str(source), kind, reason, devices))
     return found
 
 
 def run(snippet: Snippet, namespace: dict[str, Any], stand_ins: dict[str, str] | None = None) -> None:
-    """Run one; the lines of a traceback are those of the page. ``stand_ins``: address in the text → another name."""
+    """Run one; the lines of a traceback are those of the page.
+
+    ``stand_ins``: address in the text → another name. The sources that ran so far are in the namespace as ``shown``,
+    for invisible blocks that write files of them.
+    """
     source = snippet.source
     for address, device in (stand_ins or {}).items():
         if f'"{address}"' not in source:
             raise AssertionError(f"{snippet}: no {address} is in it")
         source = source.replace(f'"{address}"', f'"{device}"')
     exec(compile(pad(source, snippet.line), str(TREE / snippet.page), "exec", dont_inherit=True), namespace)
+    namespace.setdefault("shown", []).append(snippet.source)
 
 
 def commands(page: Path) -> list[Command]:
@@ -130,7 +139,7 @@ def words_in_text(page: Path) -> list[Command]:
     name = str(page.relative_to(TREE))
     lines = enumerate(page.read_text().splitlines(), 1)
     return [
-        Command(name, number, tuple(shlex.split(words)))
+        Command(name, number, tuple(shlex.split(words)), named=True)
         for number, line in lines
         if "**Not yet**" not in line
         for words in _WORDS.findall(line)

@@ -30,7 +30,8 @@ __all__ = ["Device", "DeviceDma"]
 class DeviceDma:
     """A device's view of its address space: the space, and how many address bits the device has.
 
-    Buffers are placed below ``2**bits``. That is 64 until you say otherwise: the bus does not tell.
+    What is asked for here is placed below ``2**bits``, from then on. That moves nothing that is mapped already, and
+    does not bind ``space``, which other devices may share. 64 until you say otherwise: the bus does not tell.
     """
 
     def __init__(self, space: AddressSpace) -> None:
