@@ -171,7 +171,7 @@ def other(tmp_path: Path) -> Iterator[int]:
 def test_command(other: int) -> None:
     answer = runner.invoke(app, ["iova", str(other)])
     assert answer.exit_code == 0, answer.output
-    assert "space 'emulated:edu': emulated:edu" in answer.output
+    assert "devices: emulated:edu" in answer.output
     assert "3 mappings, 12 KiB mapped, 4 KiB pinned" in answer.output
     assert "0x1fff" in answer.output
     assert "holds 1 pins in" in answer.output

@@ -59,13 +59,15 @@ def _print(screen: Console, answer: dict[str, Any]) -> None:
     if not answer["spaces"]:
         screen.print("it has no open address space")
     for space in answer["spaces"]:
-        devices = ", ".join(space["devices"]) or "no device"
         screen.print()
-        screen.print(Text.assemble((f"space '{space['name']}'", "bold cyan"), f": {devices}"))
         if "picture" in space:
-            screen.print(Text(space["picture"]), soft_wrap=True)
+            head, *rows = space["picture"].splitlines()
+            screen.print(Text(head, style="bold"))
+            screen.print(f"  devices: {', '.join(space['devices']) or 'none'}")
+            screen.print(Text("\n".join(rows)), soft_wrap=True)
         else:
-            screen.print(f"{len(space['mappings'])} ranges, {bytes_word(space['mapped_bytes'])} translated")
+            words = f"{len(space['mappings'])} ranges, {bytes_word(space['mapped_bytes'])} translated"
+            screen.print(Text(f"{space['name']}: {words}", style="bold"))
         _print_mappings(screen, space["mappings"])
         for owner in space.get("owners", ()):
             first, last = owner["iova"], owner["iova"] + owner["size"] - 1

@@ -118,7 +118,7 @@ def _print(recorded: Recorded, outcome: Outcome, check: bool) -> None:
         screen.print(f"not played: {count} {reason}", style="yellow")
     if outcome.relocated:
         screen.print(f"{outcome.relocated} buffers are at another IOVA than in the trace")
-    compared = f", {outcome.compared} values compared" if check else ""
+    compared = f"{outcome.compared} values compared" if check else "values were not compared (--check does)"
     number = len(outcome.differences)
-    verdict = "no difference" if not number else f"{number} difference{'s' if number > 1 else ''}"
-    screen.print(f"{outcome.played} steps played{compared}: {verdict}")
+    verdict = f": {number} difference{'s' if number > 1 else ''}" if number else ": no difference" if check else ""
+    screen.print(f"{outcome.played} steps played, {compared}{verdict}")
