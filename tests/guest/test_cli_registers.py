@@ -40,13 +40,18 @@ def test_registers_of_edu(backend: str, bdf: Callable[..., str]) -> None:
         assert line.endswith("0x0000  0x010000ed")
 
 
-def test_what_is_written_is_lost_with_a_reset_and_that_is_told(bdf: Callable[..., str]) -> None:
+def test_what_is_written_is_lost_with_a_reset_and_that_is_told(bdf: Callable[..., str], tmp_path: Path) -> None:
     igb = bdf(IGB)
     with vfiopy.bind(igb):
         said = ran("write", igb, "bar0", "0x170", "0x1234", "--read-back")  # FCTTV, the 82576's flow control timer
         assert said.startswith("0x170: 0x00001234 reads 0x00001234\n")
-        assert "the kernel resets the function when it is closed" in said
+        assert "what was written is lost: the kernel resets it when it is closed" in said
         assert ran("read", igb, "bar0", "0x170") == "0x00000000\n"
+        with vfiopy.serve(igb, tmp_path / "igb.sock") as server:
+            server.start()
+            served = f"vfio-user:{tmp_path / 'igb.sock'}"
+            assert "who opens it next resets it" in ran("write", served, "bar0", "0x170", "0x5678")
+            assert ran("read", served, "bar0", "0x170") == "0x00000000\n"
         report = json.loads(ran("read", igb, "config", "express.link_status", "--json"))
         fields = {one["name"]: one["words"] for one in report["samples"][0]["values"][0]["fields"]}
         assert fields["speed"].endswith("GT/s")

@@ -26,8 +26,6 @@ from vfiopy.registers.config_space import hazard
 
 __all__ = ["run_write"]
 
-_SOFTWARE = ("emulated", "vfio-user")
-
 
 def run_write(
     target: TargetArgument,
@@ -51,7 +49,7 @@ def run_write(
 ) -> None:
     """Write a register with one access; nothing is read, unless --mask, a field or --read-back ask for it.
 
-    A real device is reset by the kernel when it is closed, if it can be: the note below says how to keep it open.
+    A device that has a function reset is reset when it is closed, or opened again: a note says so.
     """
     with refusals_told(), opened(target, region, backend, map_file) as place:
         item = _item(place, offset, width, field)
@@ -145,9 +143,9 @@ def _write(item: Item, value: str, mask: str | None, force: bool) -> tuple[int |
 
 
 def _notes(place: Place) -> list[str]:
+    """What becomes of what was written: a function that has a reset does not keep it until the next command."""
     device = place.device
-    if device.backend in _SOFTWARE or not device.can_reset:
+    if device.backend == "emulated" or not device.can_reset:
         return []
-    serve = f"vfiopy serve {device.name} --socket S"
-    keep = f"'vfiopy shell {device.name}', or '{serve}' and then vfio-user:S as the target"
-    return [f"the kernel resets the function when it is closed, so what was written is lost; to keep it open: {keep}"]
+    who = "who opens it next resets it" if device.backend == "vfio-user" else "the kernel resets it when it is closed"
+    return [f"what was written is lost: {who}; to go on with it, stay in one process: vfiopy shell {device.name}"]
