@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,14 @@ def ends(sock: socket.socket) -> bytes:
     while piece := sock.recv(4096):
         data += piece
     return data
+
+
+def connected(sock: socket.socket, path: Path) -> bool:
+    """Connect, once somebody listens; the path is there a moment before."""
+    with suppress(FileNotFoundError, ConnectionRefusedError):
+        sock.connect(str(path))
+        return True
+    return False
 
 
 def test_nothing_is_left_unread() -> None:
@@ -88,8 +96,7 @@ def test_a_server_that_is_killed_in_the_middle(way: str, tmp_path: Path) -> None
         socket.socket(socket.AF_UNIX) as sock,
     ):
         try:
-            wait_for(path.exists, timeout=20)
-            sock.connect(str(path))
+            wait_for(lambda: connected(sock, path), timeout=20)
             client = RawClient(sock)
             process.send_signal(signal.SIGSTOP)
             client.send(Command.GET_INFO, bytes(16))
