@@ -23,6 +23,44 @@ def test_modes_and_removal(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("length", [0, 107])
+def test_who_sees_the_path_can_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    path = tmp_path / "x"
+    seen = []
+    listen = socket.socket.listen
+
+    def look(self: socket.socket, backlog: int) -> None:
+        seen.append(path.exists())
+        listen(self, backlog)
+
+    if length:  # no room for another name: as well as it goes
+        folder = tmp_path / ("d" * (length - len(os.fsencode(tmp_path)) - 3))
+        path = folder / "x"
+    monkeypatch.setattr(socket.socket, "listen", look)
+    listener = Listener(path)
+    assert seen == [bool(length)]
+    assert list(path.parent.iterdir()) == [path]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(path))
+    listener.close()
+    assert not list(path.parent.iterdir())
+
+
+def test_a_faster_server_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.sock"
+    listen = socket.socket.listen
+
+    def late(self: socket.socket, backlog: int) -> None:
+        path.write_text("another's")
+        listen(self, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", late)
+    with pytest.raises(vfiopy.BusyError, match="faster"):
+        Listener(path)
+    assert path.read_text() == "another's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_dead_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     with socket.socket(socket.AF_UNIX) as dead:

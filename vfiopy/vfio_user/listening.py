@@ -9,6 +9,7 @@ import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Final
 
 from vfiopy.errors import BusyError, PermissionDeniedError, VfioError
@@ -44,14 +45,30 @@ class Listener:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             os.fchmod(self.socket.fileno(), _MODE)  # what bind() gives the path; a chmod afterwards would be late
-            self.socket.bind(os.fspath(path))
-            self.socket.listen(8)
+            self._listen(path)
             self._identity = _identity(path)
+        except FileExistsError as error:
+            self.socket.close()
+            raise BusyError("another server was faster", object=str(path), hint="choose another path") from error
         except OSError as error:
             self.socket.close()
             raise VfioError(
                 "no socket can be made there", errno=error.errno, object=str(path), call="bind"
             ) from error
+
+    def _listen(self, path: Path) -> None:
+        """Have the path come into being when there is somebody who listens: who waits for it can then connect."""
+        first = path.with_name(f".{token_hex(4)}")
+        if len(os.fsencode(first)) > _LONGEST:
+            first = path
+        self.socket.bind(os.fspath(first))
+        try:
+            self.socket.listen(8)
+            if first != path:
+                path.hardlink_to(first)  # which never takes the place of something else
+        finally:
+            if first != path:
+                first.unlink(missing_ok=True)
 
     def accept(self) -> socket.socket | None:
         """Return the next client's socket, or None where there is none."""
