@@ -407,6 +407,24 @@ def test_a_server_that_hangs(path: Path, device: Everything) -> None:
         assert opened.bars[0].read32(4) == 0x55667788  # the late answer is not taken for this one
 
 
+@pytest.mark.parametrize("twin", [True, False], ids=["twin socket", "one socket"])
+def test_control_c_while_waiting_for_a_register(path: Path, device: Everything, twin: bool) -> None:
+    with serving(device, path):
+        io, mapper = vfio_user.connect(path, twin=twin)
+        for _ in range(3):
+            with device.lock:  # the server cannot answer
+                timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+                timer.start()
+                begin = time.monotonic()
+                with pytest.raises(KeyboardInterrupt):
+                    io.read(0, 0, 4)
+                timer.join()
+                assert time.monotonic() - begin < 5
+            assert io.read(0, 4, 4) == b"\x88\x77\x66\x55"  # and the late answer is nobody's
+        io.close()
+        mapper.close()
+
+
 def test_a_server_that_ends(edu: tuple[EduDriver, Edu], path: Path) -> None:
     driver, _ = edu
     device = driver.device
