@@ -306,6 +306,16 @@ def test_two_devices_in_one_trace_and_in_one_space() -> None:
         assert space._observers == ()
 
 
+def test_maps_after_a_device_was_closed_are_not_its_own() -> None:
+    sink = Collect()
+    with vfiopy.AddressSpace() as space:
+        device = vfiopy.open(Edu(), space=space)
+        with tracing(device, sink):
+            device.close()
+            space.map(mmap.mmap(-1, 4096)).unmap()
+    assert sink.events[-1].kind == "close"
+
+
 # --- nothing is lost ---
 
 

@@ -156,6 +156,9 @@ class DeviceWatch:
             self._add(kind, facts=facts)
         if kind == "close":
             self._device = _nobody
+            space = self._space()
+            if space is not None:  # others may go on in it
+                space.ignore(self)
 
     def _failed(self, kind: str, facts: Mapping[str, Any], error: BaseException) -> None:
         if kind in ("irq", "config") and not self._selection.has(kind):
