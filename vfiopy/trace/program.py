@@ -1,7 +1,8 @@
 """Tracing a whole program from outside: ``VFIOPY_TRACE`` in its environment, which ``vfiopy.open()`` looks at.
 
 ``vfiopy trace`` sets it to a socket of its own, so that formatting and writing are not the program's work, and what was
-handed over survives the program. Set to a path by hand, a process writes JSON lines there.
+handed over survives the program. Set to a path by hand, a process writes JSON lines there; where a file is already,
+which may be another process's, it takes a name of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import socket
 import threading
 import warnings
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from vfiopy.device import Device
@@ -76,8 +77,21 @@ class _SocketSink(JsonLines):
 _program = _Program()
 
 
+class _FileSink(JsonLines):
+    """A new file: ``trace.jsonl``, or ``trace.PID.jsonl`` where there is a file already."""
+
+    def __init__(self, target: str) -> None:
+        path = Path(target)
+        try:
+            file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            file = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}").open("x", encoding="utf-8")
+        super().__init__(file)
+        self._owned = True
+
+
 def _sink(target: str) -> Sink:
-    return _SocketSink(target.removeprefix(SOCKET)) if target.startswith(SOCKET) else JsonLines(target)
+    return _SocketSink(target.removeprefix(SOCKET)) if target.startswith(SOCKET) else _FileSink(target)
 
 
 def trace_opened(device: Device) -> None:
@@ -85,9 +99,10 @@ def trace_opened(device: Device) -> None:
 
     What goes wrong is a warning: a program does not fail because nobody could look.
     """
-    with suppress(KeyError):
-        target = os.environ[VARIABLE]
-        try:
-            _program.add(device, target, json.loads(os.environ.get(OPTIONS, "{}")))
-        except (OSError, ValueError) as error:
-            warnings.warn(f"{device.name} is not traced, {VARIABLE}={target}: {error}", RuntimeWarning, stacklevel=3)
+    target = os.environ.get(VARIABLE)
+    if not target:
+        return
+    try:
+        _program.add(device, target, json.loads(os.environ.get(OPTIONS, "{}")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{device.name} is not traced, {VARIABLE}={target}: {error}", RuntimeWarning, stacklevel=4)
