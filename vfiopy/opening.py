@@ -68,6 +68,16 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
         if made_space:
             room.close()
         raise
+    try:
+        _show_to_others(device)
+    except BaseException:  # Ctrl-C, or a warning that is an error
+        device.close()
+        raise
+    return device
+
+
+def _show_to_others(device: Device) -> None:
+    """Let a device be looked at and traced, where the environment asks for it."""
     if os.environ.get("VFIOPY_INSPECT", "0") != "0":
         from vfiopy.inspection.server import allow_by_environment  # noqa: PLC0415  as below
 
@@ -76,7 +86,6 @@ def open(  # noqa: A001  the word that users expect, as vfiopy.open
         from vfiopy.trace.program import trace_opened  # noqa: PLC0415  what is not asked for is not loaded
 
         trace_opened(device)
-    return device
 
 
 def serve(

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
 from json_schema import check_schema
 from test_trace import check_chrome_trace
 
+import vfiopy
 from vfiopy.trace.event import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -185,3 +187,60 @@ def test_nobody_listens(tmp_path: Path) -> None:
     )
     assert answer.stdout == "0x10000ed\n"
     assert "emulated:edu is not traced" in answer.stderr
+
+
+# --- VFIOPY_TRACE by hand ---
+
+
+def python(path: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default", **more}
+    return subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=100, check=False, env=environment
+    )
+
+
+def test_each_process_has_a_file_of_its_own(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+        import os, subprocess, sys
+        bar.write32(4, 1)
+        if "CHILD" not in os.environ:
+            subprocess.run([sys.executable, __file__], env={**os.environ, "CHILD": "1"}, check=True)
+        bar.write32(4, 2)
+        device.close()
+        """,
+    )
+    for _ in range(2):  # what was there before is not overwritten either
+        answer = python(path, VFIOPY_TRACE=str(tmp_path / "trace.jsonl"))
+        assert answer.returncode == 0
+        assert not answer.stderr
+    files = sorted(tmp_path.glob("trace*.jsonl"))
+    assert len(files) == 4
+    assert tmp_path / "trace.jsonl" in files
+    for file in files:
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len({record["thread"] for record in records if "thread" in record}) == 1
+        assert [record["value"] for record in records if record["kind"] == "write" and record["region"] == "bar0"] == [
+            1,
+            2,
+        ]
+        assert records[-1]["lost"] == 0
+
+
+def test_options_that_are_none_are_told(tmp_path: Path) -> None:
+    path = program(tmp_path, "print(hex(bar.read32(0)))")
+    for options in ("[]", '{"only": 3}', "nonsense"):
+        answer = python(path, VFIOPY_TRACE=str(tmp_path / "trace.jsonl"), VFIOPY_TRACE_OPTIONS=options)
+        assert answer.returncode == 0
+        assert answer.stdout == "0x10000ed\n"
+        assert "emulated:edu is not traced" in answer.stderr
+        assert f"{path}:2" in answer.stderr, "the line that opens the device"
+
+
+def test_a_device_is_closed_where_the_warning_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VFIOPY_TRACE", str(tmp_path / "no folder" / "trace.jsonl"))
+    with vfiopy.AddressSpace("mine") as space:
+        with pytest.raises(RuntimeWarning, match="is not traced"), warnings.catch_warnings(action="error"):
+            vfiopy.open("emulated:edu", space=space)
+        assert not list(space.members())

@@ -25,7 +25,7 @@ from vfiopy.drivers.edu import EduDriver
 from vfiopy.emulated import Edu
 from vfiopy.errors import AddressRangeError, AlignmentError, BusyError, NotMappedError, VfioError
 from vfiopy.lives import drain_finalizers
-from vfiopy.mmio import numpy_view
+from vfiopy.mmio import Region, numpy_view
 from vfiopy.trace import Collect, Event, JsonLines, Perfetto, Place, Selection, Text, UntracedWarning, tracing
 from vfiopy.trace.event import from_json, to_json
 from vfiopy.trace.recorder import Recorder
@@ -238,6 +238,32 @@ def test_addresses_bypass_the_trace_and_that_is_told() -> None:
         ("bar2", "before"),
         ("bar2", "numpy view of uint8 at 0x10"),
     ]
+
+
+class Refusing(Collect):
+    """An observer that cannot."""
+
+    def tell(self, *_: object) -> None: ...
+
+    def vector_made(self, kind: str, number: int) -> None: ...
+
+    def region_opened(self, index: int, region: Region) -> None:
+        raise RuntimeError(f"no {region.name}")
+
+
+def test_a_region_whose_opening_cannot_be_told_is_closed_again() -> None:
+    def mapped() -> int:
+        return sum("memfd" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    with vfiopy.open(Everything()) as device:
+        before = mapped()
+        device.observe(Refusing())
+        with pytest.raises(RuntimeError, match="BAR 2"):
+            _ = device.bars[2]
+        assert mapped() == before
+        device.observe(None)
+        assert device.bars[2].windows
+        assert mapped() > before
 
 
 # --- choosing ---

@@ -131,10 +131,7 @@ class Regions:
             with self._lock:
                 entry = self._open.get(index)
                 if entry is None:
-                    entry = self._open_region(index)
-                    if self.observer is not None:
-                        self.observer.region_opened(index, entry[0])
-                    self._open[index] = entry
+                    entry = self._open[index] = self._open_region(index)
         return entry[0]
 
     def _open_region(self, index: int) -> tuple[Region, list[Window]]:
@@ -148,6 +145,7 @@ class Regions:
             )
         windows: list[Window] = []
         pieces: list[tuple[int, int, int]] = []
+        region: Region | None = None
         try:
             for area in mappable_areas(info, self._msix.get(index)):
                 window = self._io.map_region(index, area.offset, area.size)
@@ -161,7 +159,11 @@ class Regions:
                 readable=RegionFlag.READ in info.flags,
                 writable=RegionFlag.WRITE in info.flags,
             )
+            if self.observer is not None:
+                self.observer.region_opened(index, region)
         except BaseException:
+            if region is not None:
+                region.close()
             for window in windows:
                 window.close()
             raise

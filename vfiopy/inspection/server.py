@@ -131,4 +131,4 @@ def allow_by_environment() -> None:
     try:
         allow_inspection()
     except VfioError as error:
-        warnings.warn(f"VFIOPY_INSPECT: {error.meaning}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"VFIOPY_INSPECT: {error.meaning}", RuntimeWarning, stacklevel=4)
