@@ -74,7 +74,10 @@ LINES = {
         'vfio-pci 0000:02:00.0: Device is currently in use, task "sh" (812) blocked until device is released',
     ),
     "lost BARs": ("vfio-pci 0000:02:00.0: vfio_bar_restore: reset recovery - restoring BARs",),
-    "no IOMMU": ("vfio-pci 0000:02:00.0: Adding kernel taint for vfio-noiommu group on device",),
+    "no IOMMU": (
+        "vfio-pci 0000:02:00.0: Adding kernel taint for vfio-noiommu group on device",
+        "vfio-pci 0000:02:00.0: vfio-noiommu device opened by user (python3:4711)",
+    ),
     "does not wake": (
         "vfio-pci 0000:02:00.0: can't change power state from D3cold to D0 (config space inaccessible)",
         "vfio-pci 0000:02:00.0: Unable to change power state from D3cold to D0, device inaccessible",
@@ -82,6 +85,12 @@ LINES = {
     ),
     "reset failed": ("vfio-pci 0000:02:00.0: not ready 65535ms after FLR; giving up",),
     "slow reset": ("vfio-pci 0000:02:00.0: not ready 1023ms after FLR; waiting",),
+    "reset while busy": (
+        (
+            "vfio-pci 0000:02:00.0: timed out waiting for pending transaction; performing function level reset "
+            "anyway"
+        ),
+    ),
     "BAR taken": ("vfio-pci 0000:02:00.0: BAR 1: can't reserve [mem 0xc0000000-0xcfffffff 64bit pref]",),
     "unassigned BAR": (
         "pci 0000:02:00.0: BAR 1 [mem size 0x400000000 64bit pref]: failed to assign",
@@ -136,6 +145,16 @@ def test_each_pattern_has_a_line() -> None:
         "usb 1-1: new high-speed USB device number 2 using xhci_hcd",
         "pcieport 0000:00:1c.0: AER: enabled with IRQ 24",
         "pci 0000:02:00.0: BAR 0 [mem 0xfe000000-0xfe01ffff]: assigned",
+        # What healthy machines say while they boot.
+        "ata3: SATA link down (SStatus 4 SControl 300)",
+        "r8169 0000:02:00.0 eth0: link down",
+        "DMAR-IR: x2apic is disabled because BIOS sets x2apic opt out bit.",
+        "i2c_hid: probe of 0018:04F3:3140.0001 failed with error -22",
+        "pci 0000:00:1c.0: BAR 13: no space for [io  size 0x1000]",
+        "pci 0000:02:00.0: BAR 6: failed to assign [mem size 0x00080000 pref]",
+        "pci 0000:02:00.0: VF BAR 0 [mem size 0x00020000 64bit]: can't assign; no space",
+        "pci 0000:02:00.0: BAR 8: can't claim; no compatible bridge window",
+        "pcieport 0000:00:1c.0: DPC: error containment capabilities: Int Msg #0, RPExt+ PoisonedTLP+",
         "",
     ],
 )
@@ -157,6 +176,12 @@ def test_the_same_again_is_one_finding_and_others_devices_are_left_out() -> None
     assert "0x3000" in every[0].problem.evidence
     mine = study_log(lines, [PciAddress.parse(NIC)])
     assert [one.object for one in mine] == [NIC, "machine"]
+
+
+def test_the_worst_of_a_log_comes_first() -> None:
+    lines = [LINES["slow reset"][0], LINES["memlock"][0], LINES["ROM"][0], LINES["reset failed"][0]]
+    checks = [finding.check for finding in study_log(lines)]
+    assert checks == ["log: memlock", "log: reset failed", "log: slow reset", "log: ROM"]
 
 
 def test_reading_the_log_of_the_kernel(tmp_path: Path) -> None:

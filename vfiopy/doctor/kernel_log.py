@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vfiopy.doctor.finding import Finding, Problem
+from vfiopy.doctor.finding import Finding, Problem, Severity
 from vfiopy.doctor.log_patterns import INTERRUPT_FAULT, IOMMU_FAULT, PATTERNS, Pattern
 from vfiopy.errors import PciAddressError, VfioError
 from vfiopy.pci import PciAddress, System
@@ -117,7 +117,9 @@ def study_log(lines: Iterable[str], addresses: Iterable[PciAddress] | None = Non
         if wanted is not None and found.device is not None and found.device not in wanted:
             continue
         seen.setdefault((found.pattern.name, found.device), []).append(found)
-    return [_finding(several) for several in seen.values()]
+    severities = list(Severity)
+    findings = [_finding(several) for several in seen.values()]
+    return sorted(findings, key=lambda finding: severities.index(finding.problem.severity))
 
 
 def _finding(several: list[LogMatch]) -> Finding:

@@ -69,8 +69,7 @@ _IOMMU: Final = (
     ),
     _pattern(
         "interrupt remapping",
-        r"No interrupt remapping support|interrupt remapping (is being )?disabled|x2apic opt ?out"
-        r"|Failed to enable irq remapping",
+        r"No interrupt remapping support|interrupt remapping (is being )?disabled|Failed to enable irq remapping",
         _LIMITS,
         "interrupts are not remapped, so VFIO refuses to attach devices (EPERM)",
         "switch interrupt remapping on (firmware, x2APIC); or, where all devices are trusted, set "
@@ -117,7 +116,7 @@ _VFIO: Final = (
     ),
     _pattern(
         "probe failed",
-        r"vfio[-_]pci.*probe.* failed with error|probe of .* failed with error -22",
+        r"vfio[-_]pci.*probe.* failed with error",
         _LIMITS,
         "the driver did not take the device: -22 without an IOMMU group or cache coherency, -16 with virtual "
         "functions on",
@@ -141,7 +140,7 @@ _VFIO: Final = (
     ),
     _pattern(
         "no IOMMU",
-        r"vfio-noiommu group|vfio_group_.*noiommu",
+        r"vfio-noiommu (group|device)",
         _NOTE,
         "it was handed to a user without an IOMMU: nothing keeps its DMA in bounds, the kernel is tainted",
         "where there is an IOMMU switch it on, and noiommu mode off",
@@ -160,21 +159,28 @@ _PCI: Final = (
     ),
     _pattern(
         "reset failed",
-        r"not ready \d+ms after .*(giving up)|timed out waiting for pending transaction",
+        r"not ready \d+ms after .*giving up",
         _LIMITS,
         "the device did not come back from its reset",
         "choose another way in .../reset_method (cat shows them), or power cycle",
     ),
     _pattern(
         "slow reset",
-        r"not ready \d+ms after .*(waiting)",
+        r"not ready \d+ms after .*waiting",
         _NOTE,
         "the device takes longer than usual to come back from its reset",
         "wait; nothing if it does not end in 'giving up'",
     ),
     _pattern(
+        "reset while busy",
+        r"timed out waiting for pending transaction",
+        _NOTE,
+        "the device was reset while its own requests were still under way",
+        "let the driver stop DMA and wait for it before a reset, or before it closes the device",
+    ),
+    _pattern(
         "BAR taken",
-        r"can't reserve \[|can't claim; |resource collision",
+        r"can't reserve \[|can't claim; address conflict|resource collision",
         _LIMITS,
         "something else has claimed a BAR's addresses, so the driver cannot have it (EBUSY)",
         "grep the addresses in /proc/iomem; a boot framebuffer goes with video=efifb:off or "
@@ -182,7 +188,7 @@ _PCI: Final = (
     ),
     _pattern(
         "unassigned BAR",
-        r"BAR \d+.*: (failed to assign|no space for|can't assign)",
+        r"(?<!VF )BAR [0-5]\b.*: (failed to assign|no space for|can't assign)",
         _LIMITS,
         "the system has no addresses for a BAR, so it cannot be reached",
         "firmware: above 4G decoding, resizable BAR; kernel: pci=realloc",
@@ -219,7 +225,7 @@ _PCI: Final = (
     ),
     _pattern(
         "link down",
-        r"(Slot\(.*\): )?(Link Down|Card not present)",
+        r"Slot\(.*\): (Link Down|Card not present)",
         _LIMITS,
         "the device left the bus: pulled out, powered off, or its link broke",
         "seat and power; after it is back: echo 1 > /sys/bus/pci/rescan",
