@@ -300,9 +300,32 @@ def test_log_on_the_command_line(tmp_path: Path) -> None:
     assert {f"log: {name}" for name in LINES} - set(checks) == {"log: link down"}  # the port's, not the NIC's
     piped = runner.invoke(app, ["doctor", NIC, "--log-file", "-"], obj=kernel, input=LINES["memlock"][0])
     assert "evidence: kernel log: vfio_pin_pages_remote" in piped.stdout
-    unread = runner.invoke(app, ["doctor", NIC, "--log"], obj=kernel)
-    assert unread.exit_code == 1
-    assert "kernel log cannot be opened" in unread.output
+    saved.write_bytes(b"\xff\xfe not UTF-8\n" + LINES["memlock"][0].encode())
+    assert "log: memlock" in runner.invoke(app, ["doctor", NIC, "--log-file", str(saved), "--json"], obj=kernel).stdout
+
+
+def test_a_log_that_cannot_be_read_does_not_hide_the_rest(tmp_path: Path) -> None:
+    """Distributions keep the log to root; what sysfs says is worth having all the same."""
+    kernel = FakeKernel.make(tmp_path)
+    kernel.add_driver("vfio-pci")
+    kernel.add(NIC, driver="vfio-pci", group=8)
+    report = json.loads(runner.invoke(app, ["doctor", NIC, "--log", "--json"], obj=kernel).stdout)
+    (reason,) = [each["reason"] for each in report["skipped"] if each["check"] == "log"]
+    assert "kernel log cannot be opened" in reason
+    assert report["findings"]
+
+
+def test_what_the_port_above_says_counts_for_the_device(tmp_path: Path) -> None:
+    kernel = FakeKernel.make(tmp_path)
+    for name in ("vfio-pci", "pcieport"):
+        kernel.add_driver(name)
+    kernel.add("0000:00:1c.0", class_code=0x060400, driver="pcieport", group=1, header_type=1)
+    kernel.add(NIC, driver="vfio-pci", group=8, parent="pci0000:00/0000:00:1c.0")
+    words = ["doctor", NIC, "--log-file", "-", "--json"]
+    down = LINES["link down"][0]
+    lines = f"{down}\n{down.replace('1c.0', '1d.0')}\n"
+    findings = json.loads(runner.invoke(app, words, obj=kernel, input=lines).stdout)["findings"]
+    assert [each["object"] for each in findings if each["check"] == "log: link down"] == ["0000:00:1c.0"]
 
 
 def test_explain_on_the_command_line() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 from uuid import UUID
 
 import typer
@@ -26,7 +26,9 @@ from vfiopy.doctor import (
     study_log,
     try_out,
 )
-from vfiopy.pci import Function, find, function
+from vfiopy.errors import VfioError
+from vfiopy.pci import Function, PciAddress, System, find, function
+from vfiopy.pci.p2p import ancestors
 
 __all__ = ["run_doctor"]
 
@@ -44,7 +46,12 @@ def run_doctor(
     log: Annotated[bool, typer.Option("--log", help="Look through the kernel's log too.")] = False,
     log_file: Annotated[
         typer.FileText | None,
-        typer.Option("--log-file", help="As --log, of a saved log (dmesg, journalctl -k); - is standard input."),
+        typer.Option(
+            "--log-file",
+            encoding="utf-8",
+            errors="replace",
+            help="As --log, of a saved log (dmesg, journalctl -k); - is standard input.",
+        ),
     ] = None,
     error: Annotated[
         str | None,
@@ -87,9 +94,7 @@ def run_doctor(
         if deeper:
             report = _tried(report, functions[0], backend, vf_token, noiommu)
         if log or log_file is not None:
-            lines = read_kernel_log(system) if log_file is None else log_file.read().splitlines()
-            wanted = None if address is None else [one.address for one in functions]
-            report = report.joined(study_log(lines, wanted))
+            report = _logged(report, None if address is None else functions[0], log_file, system)
     if as_json:
         print_json(_as_dict(report) | {"fixes": [asdict(one) for one in fixes]})
     else:
@@ -110,6 +115,17 @@ def _tried(report: Report, one: Function, backend: str | None, vf_token: UUID | 
     known = {(finding.check, finding.object) for finding in report.findings}
     fresh = [finding for finding in attempt.findings if (finding.check, finding.object) not in known]
     return report.joined(fresh, attempt.passed, attempt.skipped)
+
+
+def _logged(report: Report, one: Function | None, log_file: TextIO | None, system: System) -> Report:
+    try:
+        lines = read_kernel_log(system) if log_file is None else log_file.read().splitlines()
+    except VfioError as error:  # kept to root, as distributions do; the rest of the report is worth having
+        reason = f"{error.meaning}; {error.hint}" if error.hint else error.meaning
+        return report.joined([], skipped=[("machine", "log", reason)])
+    # The ports above a device report what happens to its link.
+    wanted = None if one is None else [one.address, *(PciAddress.parse(port) for port in ancestors(one)[1:-1])]
+    return report.joined(study_log(lines, wanted))
 
 
 def _explain(text: str, as_json: bool) -> None:
