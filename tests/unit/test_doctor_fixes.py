@@ -101,13 +101,28 @@ def test_a_module_that_cannot_be_loaded(kernel: FakeKernel, monkeypatch: pytest.
         raise subprocess.CalledProcessError(1, words, stderr="modprobe: FATAL: Module vfio-pci not found.\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    first, second = mend(kernel, NVME)
-    assert first == (
-        "modprobe vfio-pci",
-        "failed: modprobe vfio-pci failed: modprobe: FATAL: Module vfio-pci not found.",
-    )
-    assert second[1].startswith("failed: no PCI driver named")
+    assert mend(kernel, NVME) == [  # and nothing that builds on it
+        ("modprobe vfio-pci", "failed: modprobe vfio-pci failed: modprobe: FATAL: Module vfio-pci not found.")
+    ]
     assert driver(kernel, NVME) == "nvme"
+
+
+def test_nothing_builds_on_an_override_that_could_not_be_cleared(kernel: FakeKernel) -> None:
+    kernel.write(kernel.driver("nvme") / "unbind", NVME)
+    kernel.write(kernel.pci_devices / NVME / "driver_override", "uio_pci_generic")
+    kernel.fail_at.append(len(kernel.log) + 1)
+    ((action, outcome),) = mend(kernel, NVME)
+    assert action == "clear driver_override (uio_pci_generic)"
+    assert outcome.startswith("failed: ")
+    assert driver(kernel, NVME) is None
+
+
+def test_a_variant_driver_keeps_its_device(kernel: FakeKernel) -> None:
+    """Its migration would be gone, and whoever uses the device with it."""
+    kernel.add_driver("igb_vfio_pci")
+    vfiopy.bind(NIC, "igb_vfio_pci", force=True, system=kernel, timeout=0.05).keep()
+    assert mend(kernel, NIC) == [(f"vfiopy bind {SECOND}", "done")]
+    assert [driver(kernel, one) for one in (NIC, SECOND)] == ["igb_vfio_pci", "vfio-pci"]
 
 
 def test_an_override_of_a_driver_that_is_not_there(kernel: FakeKernel) -> None:

@@ -71,9 +71,10 @@ def fix(
     those = {str(one): one for one in functions}
     done: list[Fix] = []
     settled: set[tuple[str, str]] = set()
+    failed: set[str] = set()
     while True:
         report = examine(those.values(), system=system)
-        step = _next(report, those, settled, system, state_dir)
+        step = _next(report, those, settled, failed, system, state_dir)
         if step is None:
             return done, report
         settled |= {(step.fix.check, step.fix.object), *step.covers}
@@ -84,6 +85,7 @@ def fix(
             step.run()
         except (VfioError, OSError, subprocess.SubprocessError) as error:
             words = error.meaning if isinstance(error, VfioError) else str(error)
+            failed |= {step.fix.object, *(where for _, where in step.covers)}
             done.append(replace(step.fix, outcome=f"failed: {words}"))
         else:
             done.append(replace(step.fix, outcome="done"))
@@ -93,10 +95,11 @@ def _next(
     report: Report,
     those: dict[str, Function],
     settled: set[tuple[str, str]],
+    failed: set[str],
     system: System,
     state_dir: Path | str | None,
 ) -> _Step | None:
-    stuck: set[str] = set()
+    stuck = set(failed)
     for finding in report.findings:
         key = (finding.check, finding.object)
         if "machine" in stuck or finding.object in stuck or key in settled:
@@ -116,21 +119,23 @@ def _steps(finding: Finding, one: Function | None, system: System, state_dir: Pa
     elif one is None:
         return
     elif finding.check == "driver override":
-        wanted = one.driver_override
-        if is_vfio_driver(wanted) and one.driver is None:
+        override = one.driver_override
+        if is_vfio_driver(override) and one.driver is None:
             return  # vfio-pci refused it, or is not loaded: another finding says why
-        made = Fix(finding.check, finding.object, f"clear driver_override ({wanted})", f"vfiopy restore {one}")
+        made = Fix(finding.check, finding.object, f"clear driver_override ({override})", f"vfiopy restore {one}")
         yield _Step(made, lambda: pci.clear_override(one, state_dir=state_dir, system=system))
     elif finding.check in ("not bound", "group not viable") and one.iommu_group is not None:
         others = [other for other in one.group_blockers() if other != one]
         wanted_too = [other for other in others if not other.is_bridge]
         if len(wanted_too) < len(others) or any(pci.uses(other) for other in (one, *wanted_too) if not other.is_vfio):
             return  # a bridge's driver, or what the running system uses
-        names = " ".join(map(str, (one, *wanted_too) if not one.is_vfio else wanted_too))
+        # What a VFIO driver has stays with it: a variant's device would lose what that driver can do.
+        wanted = wanted_too if one.is_vfio else [one, *wanted_too]
+        names = " ".join(map(str, wanted))
         made = Fix(finding.check, finding.object, f"vfiopy bind {names}", f"vfiopy unbind {names}")
         yield _Step(
             made,
-            lambda: pci.bind([one, *wanted_too], state_dir=state_dir, system=system).keep(),
+            lambda: pci.bind(wanted, state_dir=state_dir, system=system).keep(),
             covers=(("group not viable", str(one)), ("not bound", str(one))),
         )
 
