@@ -105,6 +105,16 @@ def test_what_somebody_else_bound_gets_the_driver_that_the_kernel_chooses(kernel
     assert (driver(kernel, NVME), Function(NVME, kernel).driver_override) == ("nvme", None)
 
 
+def test_also_where_only_its_nodes_were_given_away(kernel: FakeKernel) -> None:
+    kernel.write(kernel.pci_devices / NVME / "driver_override", "vfio-pci")
+    kernel.write(kernel.driver("nvme") / "unbind", NVME)
+    kernel.write(kernel.pci / "drivers_probe", NVME)
+    answer(kernel, "bind", NVME, "--user", ME)  # a record, and VFIO has it already
+    answer(kernel, "unbind", NVME)
+    assert (driver(kernel, NVME), Function(NVME, kernel).driver_override) == ("nvme", None)
+    assert records(kernel) == []
+
+
 def test_an_override_to_vfio_from_before_does_not_hand_it_back(kernel: FakeKernel) -> None:
     kernel.write(kernel.pci_devices / NVME / "driver_override", "vfio-pci")  # as a rule for each boot does
     answer(kernel, "bind", NVME)
@@ -134,6 +144,21 @@ def test_unbind_refuses_a_function_with_virtual_ones(kernel: FakeKernel) -> None
     assert driver(kernel, NIC) == "vfio-pci"
     answer(kernel, "unbind", "--force", NIC)
     assert driver(kernel, NIC) == "igb"
+
+
+def test_virtual_functions_that_somebody_uses_are_not_taken_away(kernel: FakeKernel) -> None:
+    """The kernel would wait for that process without end."""
+    kernel.add_driver("igbvf")
+    kernel.write(kernel.pci_devices / NIC / "sriov_numvfs", "1")
+    (virtual,) = Function(NIC, kernel).virtual_functions()
+    answer(kernel, "bind", str(virtual))
+    (kernel.proc / "42/fd").mkdir(parents=True)
+    (kernel.proc / "42/comm").write_text("qemu\n")
+    (kernel.proc / "42/fd/9").symlink_to(kernel.dev / "vfio/100")
+    for words in (["bind", "--force", NIC, SECOND], ["bind", "--force", "--driver", "nvme", NIC]):
+        assert f"{virtual}: unbind: it is used through VFIO: process 42 (qemu)" in say(kernel, *words).output
+        assert (driver(kernel, NIC), Function(NIC, kernel).sriov_numvfs) == ("igb", 1)
+    assert records(kernel) == [str(virtual)]
 
 
 def test_one_that_fails_does_not_keep_the_others(kernel: FakeKernel) -> None:

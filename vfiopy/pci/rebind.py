@@ -26,7 +26,8 @@ def settle(function: Function, wanted: State) -> None:
     """Give a function the binding that is wanted; do nothing where it has it.
 
     Raises:
-        BusyError: a process uses it through VFIO; unbinding would hang until that ends.
+        BusyError: a process uses it, or a virtual function that would go, through VFIO; unbinding would hang until
+            that ends.
         BindingError, PermissionDeniedError: a step failed; nothing after it was done.
     """
     if function.driver != wanted.driver:
@@ -73,6 +74,8 @@ def _set_vfs(function: Function, count: int) -> None:
     if now is None or now == count:
         return
     path = function.sysfs / "sriov_numvfs"
+    for virtual in function.virtual_functions():
+        _check_closed(virtual)
     if now:  # the kernel changes the number only through 0
         _write(function, path, "0")
     if count:
@@ -82,19 +85,22 @@ def _set_vfs(function: Function, count: int) -> None:
         raise BindingError(f"{count} virtual functions were asked for, {now} are enabled", object=str(function))
 
 
+def _check_closed(function: Function) -> None:
+    holders = vfio_holders(function) if function.is_vfio else []
+    if holders:
+        raise BusyError(
+            f"it is used through VFIO: {'; '.join(map(str, holders))}",
+            object=str(function),
+            call="unbind",
+            hint="close the device there first; the kernel would wait for that without end",
+        )
+
+
 def _unbind(function: Function) -> None:
     driver = function.driver
     if driver is None:
         return
-    if is_vfio_driver(driver):
-        holders = vfio_holders(function)
-        if holders:
-            raise BusyError(
-                f"it is used through VFIO: {'; '.join(map(str, holders))}",
-                object=str(function),
-                call="unbind",
-                hint="close the device there first; the kernel would wait for that without end",
-            )
+    _check_closed(function)
     try:
         _write(function, function.system.driver(driver) / "unbind", str(function))
     except BindingError:

@@ -98,7 +98,9 @@ def _check(function: Function, force: bool) -> None:
 
 def _take_off(function: Function, record: Record | None, records: Records) -> None:
     before = State(None, None)
-    if record is not None and not is_vfio_driver(record.before.driver):
+    # VFIO had it when the record was made (for a user's nodes, say): that is no driver to go back to.
+    known = record is not None and not is_vfio_driver(record.before.driver)
+    if record is not None and known:
         # An override to VFIO (of a rule for each boot) would hand it back at the next probe.
         kept = None if is_vfio_driver(record.before.override) else record.before.override
         before = replace(record.before, override=kept)
@@ -106,7 +108,7 @@ def _take_off(function: Function, record: Record | None, records: Records) -> No
     if record is not None:
         take_back(record, records)
         records.remove(function.address)
-    if before.driver is None and record is None:
+    if not known:
         try:
             function.system.write(function.system.pci / "drivers_probe", str(function))
         except OSError:
