@@ -24,7 +24,8 @@ def walk_prps(memory: Memory, prp1: int, prp2: int, size: int, page: int) -> lis
         page: the memory page size that the host chose (CC.MPS), bytes.
 
     Raises:
-        RefusedError: PRP Offset Invalid: PRP 1 is not a multiple of 4, a list of 8, another PRP of the page size.
+        RefusedError: PRP Offset Invalid: PRP 1 is not a multiple of 4, the first list of 8, another PRP or list of the
+            page size.
         NotMappedError: the host has no list there.
     """
     if prp1 & 3:
@@ -52,9 +53,9 @@ def walk_prps(memory: Memory, prp1: int, prp2: int, size: int, page: int) -> lis
 
 def _list(memory: Memory, iova: int, count: int, page: int) -> Iterator[int]:
     """Yield the entries of a list, which may begin anywhere in a page; a page's last one may point to the next page."""
+    if iova & 7:
+        raise RefusedError(Code.PRP_OFFSET_INVALID, _PRP2)
     while True:
-        if iova & 7:
-            raise RefusedError(Code.PRP_OFFSET_INVALID, _PRP2)
         room = (page - iova % page) // 8
         entries = struct.unpack(f"<{min(room, count)}Q", memory.read(iova, 8 * min(room, count)))
         if count <= room:
@@ -63,3 +64,5 @@ def _list(memory: Memory, iova: int, count: int, page: int) -> Iterator[int]:
         yield from entries[:-1]
         count -= room - 1
         iova = entries[-1]
+        if iova % page:  # or a list of its own last entry alone could lead to itself for ever
+            raise RefusedError(Code.PRP_OFFSET_INVALID, _PRP2)
