@@ -13,6 +13,7 @@ from vfiopy.emulated.nvme.identify import Identify
 from vfiopy.emulated.nvme.logs import Logs
 from vfiopy.emulated.nvme.queues import Queues, SubmissionQueue
 from vfiopy.emulated.nvme.shadow import ShadowDoorbells
+from vfiopy.errors import NotMappedError
 from vfiopy.nvme_spec.opcodes import AdminOpcode, Feature, LogPage
 from vfiopy.nvme_spec.status import Code
 
@@ -22,6 +23,7 @@ _PAGES_OF_ALL: Final = (0, 0xFFFF_FFFF)
 _NSID, _LID, _OFFSET = 4, 40, 48  # bytes of the entry, for the error log
 _RETAIN: Final = 1 << 15
 _CAPABILITIES: Final = 3
+_PADDED: Final = 4096
 
 
 class AdminCommands:
@@ -89,13 +91,20 @@ class AdminCommands:
 
     def _create_cq(self, command: Command) -> int:
         self._queues.create_cq(command, self._features.vectors)
-        self._shadow.begin(command.cdw10 & 0xFFFF, completion=True)
+        self._begin(command, self._queues.delete_cq, completion=True)
         return 0
 
     def _create_sq(self, command: Command) -> int:
         self._queues.create_sq(command)
-        self._shadow.begin(command.cdw10 & 0xFFFF, completion=False)
+        self._begin(command, self._queues.delete_sq, completion=False)
         return 0
+
+    def _begin(self, command: Command, undo: Callable[[Command], object], *, completion: bool) -> None:
+        try:
+            self._shadow.begin(command.cdw10 & 0xFFFF, completion=completion)
+        except (NotMappedError, RefusedError):
+            undo(command)
+            raise
 
     def _delete_sq(self, command: Command) -> int:
         self._drop(self._queues.delete_sq(command))
@@ -135,6 +144,7 @@ class AdminCommands:
             raise RefusedError(Code.INVALID_LOG_PAGE, _LID)
         if offset & 3 or offset > len(page):
             raise RefusedError.field(_OFFSET)
+        size = min(size, max(len(page), _PADDED))  # 16 GiB can be asked for; beyond the page there is nothing defined
         self._data.store(command, page[offset : offset + size].ljust(size, b"\0"))
         if not command.cdw10 & _RETAIN:
             if number == LogPage.CHANGED_NAMESPACES:
