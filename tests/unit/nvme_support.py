@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from ways import opened
 
+import vfiopy
+from vfiopy.dma import DmaArray
 from vfiopy.drivers import nvme
 from vfiopy.drivers.nvme import commands
 from vfiopy.drivers.nvme.rings import Completion, CompletionRing
@@ -20,6 +22,10 @@ from vfiopy.emulated.nvme.queues import SubmissionQueue
 from vfiopy.nvme_spec import registers as reg
 from vfiopy.nvme_spec.status import Code
 from vfiopy.nvme_spec.structures import CQE, SQE
+
+PAGE = 4096
+POOL = 64 * PAGE
+BASE = 0x10_0000
 
 
 def noise(size: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -158,3 +164,74 @@ def raw_queue(controller: nvme.Controller, number: int = 2, depth: int = 16) -> 
         yield queue
     finally:
         queue.close()
+
+
+class Bare:
+    """A controller in manual mode, with an admin and an I/O queue pair of 64 entries in memory that all can hit.
+
+    Args:
+        device, target: the controller, opened and as it is.
+        pool: POOL bytes at BASE; queues are in the first four pages.
+    """
+
+    def __init__(self, device: vfiopy.Device, target: Nvme, pool: DmaArray) -> None:
+        self.target, self.pool, self.bar = target, pool, device.bars[0]
+        self.step()
+        self.bar.write32(reg.CC, 0)
+        self.step()
+        self.pool[:] = 0
+        self.bar.write32(reg.AQA, 63 << 16 | 63)
+        self.bar.write64(reg.ASQ, BASE)
+        self.bar.write64(reg.ACQ, BASE + PAGE)
+        self.bar.write32(reg.CC, 0x460001)
+        self.step()
+        assert self.bar.read32(reg.CSTS) == 1
+        self.tails = {0: 0, 1: 0}
+        self.submit(0, opcode=5, prp1=BASE + 3 * PAGE, cdw10=63 << 16 | 1, cdw11=1)
+        self.submit(0, opcode=1, prp1=BASE + 2 * PAGE, cdw10=63 << 16 | 1, cdw11=1 << 16 | 1)
+        assert set(target.queues.submissions) == {0, 1}
+
+    def step(self) -> None:
+        while self.target.step():
+            pass
+
+    def put(self, queue: int, **fields: Any) -> None:
+        """Put a command in, and ring."""
+        entry = np.zeros(1, SQE)
+        for name, value in fields.items():
+            entry[name] = value
+        start = 2 * PAGE * queue + 64 * self.tails[queue]
+        self.pool[start : start + 64] = entry.view(np.uint8)
+        self.tails[queue] = (self.tails[queue] + 1) % 64
+        self.bar.write32(reg.doorbell(queue, 4, completion=False), self.tails[queue])
+
+    def take(self) -> None:
+        """Say of all queues that all completions were taken."""
+        for number, one in list(self.target.queues.completions.items()):
+            if one.head != one.tail:
+                self.bar.write32(reg.doorbell(number, 4, completion=True), one.tail)
+        self.step()
+
+    def submit(self, queue: int, **fields: Any) -> int:
+        """Put a command in and have it done; take the completion, wherever it went; return the status of the last."""
+        self.put(queue, **fields)
+        self.step()
+        status = self.status(queue)
+        self.take()
+        return status
+
+    def status(self, queue: int) -> int:
+        """The status of the newest completion, as in :class:`Code`."""
+        one = self.target.queues.completions.get(queue)
+        if one is None:
+            return -1
+        start = PAGE * (2 * queue + 1) + 16 * ((one.tail - 1) % 64)
+        return int(self.pool[start + 14 : start + 16].view("<u2")[0]) >> 1 & 0x7FF
+
+
+@contextmanager
+def bare(target: Nvme) -> Iterator[Bare]:
+    """Open a controller in manual mode, and drive it by hand."""
+    with vfiopy.open(target) as device, device.dma.allocate(POOL, iova=BASE) as pool:
+        device.bus_master = True
+        yield Bare(device, target, pool)

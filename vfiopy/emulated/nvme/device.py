@@ -253,6 +253,8 @@ class Nvme(PciDevice):
 
     def _enable(self) -> None:
         registers = self.registers
+        if not registers.control & reg.CC_EN:
+            return  # set again before a reset was done, which has cleared it: RDY and EN must not part
         complaint = registers.complaint()
         if complaint:
             self.fail(complaint)
@@ -327,15 +329,25 @@ class Nvme(PciDevice):
                 self._post(cq)
             more = False
             for sq in list(self.queues.submissions.values()):
+                if self.queues.submissions.get(sq.number) is not sq:
+                    continue  # deleted just now
                 if self._works and not self._shadow.look(sq):
                     self.events.invalid_doorbell(value=True)
                 if sq.head != sq.tail and self._works:
                     more |= self._serve_queue(sq)
+            self._update_line()
         except (NotMappedError, RefusedError) as error:
             self.fail(f"a queue is out of reach: {error}")
             return
         if more and self._works:
             self._schedule()
+
+    def _update_line(self) -> None:
+        """Drive INTx, also where the host says in memory what it has taken."""
+        if not self._interrupts.by_message:
+            for cq in list(self.queues.completions.values()):
+                while cq.vector is not None and self._shadow.watch(cq):
+                    pass  # it takes more just now; at most all that there is
         self._interrupts.update_line()
 
     def _serve_queue(self, sq: SubmissionQueue) -> bool:
@@ -368,6 +380,7 @@ class Nvme(PciDevice):
         if self._works:
             try:
                 self._post(sq.cq)
+                self._update_line()
             except (NotMappedError, RefusedError) as error:
                 self.fail(f"a queue is out of reach: {error}")
 
@@ -378,8 +391,7 @@ class Nvme(PciDevice):
         if cq.room < len(cq.backlog):
             self._shadow.look_at(cq)
         posted = cq.post(self._memory)
-        if cq.backlog:
-            self._shadow.watch(cq)
+        while cq.backlog and self._shadow.watch(cq):
             posted += cq.post(self._memory)
         cq.stalls = bool(cq.backlog)
         if posted:

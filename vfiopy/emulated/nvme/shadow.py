@@ -87,8 +87,11 @@ class ShadowDoorbells:
             if head < cq.entries and (head - cq.head) % cq.entries <= (cq.tail - cq.head) % cq.entries:
                 cq.head = head
 
-    def watch(self, cq: CompletionQueue) -> None:
-        """Have the host ring when it takes the next completion."""
-        if self.on and cq.number:
-            self._expect(2 * cq.number + 1, cq.head)
-            self.look_at(cq)
+    def watch(self, cq: CompletionQueue) -> bool:
+        """Have the host ring when it takes the next completion; whether it took some meanwhile, and will not."""
+        if not self.on or not cq.number:
+            return False
+        head = cq.head
+        self._expect(2 * cq.number + 1, head)
+        self.look_at(cq)
+        return cq.head != head
