@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "ext/iova_object.h"
 #include "ext/lives.h"
@@ -38,21 +39,29 @@ PyObject *vfiopy_wire_raise(struct wire_object *self, int result)
 PyObject *vfiopy_wire_take(struct wire_object *self, const struct vfiopy_wire_message *message)
 {
     const struct vfiopy_wire_header *h = &message->header;
-    PyObject *fds = PyList_New(message->fd_count), *header, *payload, *made = NULL;
+    PyObject *payload, *header = NULL, *fds = NULL, *made = NULL;
+    int taken[VFIOPY_WIRE_MOST_FDS + 1];
+    unsigned count = message->fd_count;
 
-    for (unsigned i = 0; fds && i < message->fd_count; i++) {
-        PyObject *number = PyLong_FromLong(message->fds[i]);
+    memcpy(taken, message->fds, count * sizeof(*taken));
+    payload = PyByteArray_FromStringAndSize((const char *)message->payload, (Py_ssize_t)message->size);
+    vfiopy_wire_pop(&self->wire, true); /* before any Python runs, which may close the wire */
+    if (payload)
+        header = Py_BuildValue("(HHIII)", h->id, h->command, h->size, h->flags, h->error);
+    if (header)
+        fds = PyList_New(count);
+    for (unsigned i = 0; fds && i < count; i++) {
+        PyObject *number = PyLong_FromLong(taken[i]);
 
         if (!number)
             Py_CLEAR(fds);
         else
             PyList_SetItem(fds, i, number);
     }
-    header = Py_BuildValue("(HHIII)", h->id, h->command, h->size, h->flags, h->error);
-    payload = PyByteArray_FromStringAndSize((const char *)message->payload, (Py_ssize_t)message->size);
-    if (fds && header && payload)
+    if (fds)
         made = PyObject_CallFunctionObjArgs(self->message, header, payload, fds, NULL);
-    vfiopy_wire_pop(&self->wire, made != NULL);
+    for (unsigned i = 0; !made && i < count; i++)
+        close(taken[i]);
     Py_XDECREF(fds);
     Py_XDECREF(header);
     Py_XDECREF(payload);

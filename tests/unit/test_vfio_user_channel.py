@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vfiopy._native import Wire
 from vfiopy.errors import DeviceGoneError, ProtocolError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import Channel, Message, close_fds
@@ -232,3 +233,34 @@ def test_close_drops_what_waits(ends: tuple[socket.socket, Channel]) -> None:
         channel.send(1, 9, 0, [bytes(100_000)], [fd])
     os.close(fd)
     assert channel.queued
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_closing_while_a_message_is_made(raises: bool) -> None:
+    """As a finalizer may: any Python code can run there. The message is whole, and its fds are somebody's or closed."""
+    before = open_fds()
+    ours, theirs = socket.socketpair()
+    end = os.eventfd(0)
+
+    def make(header: tuple[int, ...], payload: bytearray, fds: list[int]) -> Message:
+        wire_end.close()
+        if raises:
+            raise KeyError
+        return Message(header, payload, fds)
+
+    wire_end = Wire(ours.fileno(), 1 << 16, 4, lambda kind, value: DeviceGoneError(f"{kind} {value}"), make)
+    pass_fds(theirs, head(32) + b"x" * 16 + head(32), [end])
+    if raises:
+        with pytest.raises(KeyError):
+            wire_end.receive(False)
+    else:
+        message = wire_end.receive(False)
+        assert message is not None
+        assert message.payload == b"x" * 16
+        close_fds(message.fds)
+    with pytest.raises(DeviceGoneError):
+        wire_end.receive(False)
+    theirs.close()
+    ours.close()
+    os.close(end)
+    assert open_fds() == before
