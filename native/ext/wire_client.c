@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "ext/lives.h"
 #include "ext/wire_object.h"
@@ -233,16 +234,42 @@ static PyObject *await_reply(struct wire_object *self, const struct request *req
     }
 }
 
-/* Everything that has come belongs to somebody, whom no event of the socket tells of it. 0, or -1 with an error set. */
+/*
+ * Everything that has come belongs to somebody, whom no event of the socket tells of it. An exception that is set stays.
+ * 0, or -1 with one set that was not.
+ */
 static int drain(struct wire_object *self)
 {
     struct vfiopy_wire_message message;
+    PyObject *type, *value, *traceback;
+    int result = 0;
 
-    while (vfiopy_wire_next(&self->wire, &message) == VFIOPY_WIRE_DONE) {
-        if (dispatch(self, &message))
-            return -1;
-    }
+    PyErr_Fetch(&type, &value, &traceback);
+    while (!result && vfiopy_wire_next(&self->wire, &message) == VFIOPY_WIRE_DONE)
+        result = dispatch(self, &message);
+    if (!type)
+        return result;
+    PyErr_Restore(type, value, traceback);
     return 0;
+}
+
+/* Nobody gets this answer: an error came after it. Its fds are closed. */
+static PyObject *drop(PyObject *answer)
+{
+    PyObject *type, *value, *traceback, *fds;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    fds = PyBytes_Check(answer) ? NULL : PyObject_GetAttrString(answer, "fds");
+    for (Py_ssize_t i = fds ? PyList_Size(fds) : 0; i > 0; i--) {
+        PyObject *number = PyList_GetItem(fds, i - 1);
+
+        if (number)
+            close((int)PyLong_AsLong(number));
+    }
+    Py_XDECREF(fds);
+    Py_DECREF(answer);
+    PyErr_Restore(type, value, traceback);
+    return NULL;
 }
 
 static PyObject *ask(struct wire_object *self, struct request *request)
@@ -273,11 +300,11 @@ static PyObject *ask(struct wire_object *self, struct request *request)
         add_late(asking, request->header.id, request->header.command);
     else
         release(asking, request->header.id);
-    if (answer && drain(self))
-        Py_CLEAR(answer);
+    if (drain(self) && answer)
+        answer = drop(answer);
     watch(self, EPOLLIN);
-    if (give_turn(self))
-        Py_CLEAR(answer);
+    if (give_turn(self) && answer)
+        answer = drop(answer);
     return answer;
 }
 

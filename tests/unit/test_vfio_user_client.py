@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pytest
 from emulated_support import BUS_MASTER, MEMORY, Everything, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vfio_user_support import PAGE, open_fds, serving
+from vfio_user_support import PAGE, FakeServer, Script, greet, open_fds, plain, reply, serving
 
 import vfiopy
 from vfiopy import emulated, vfio_user
@@ -35,7 +35,7 @@ from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import Channel, Message
 from vfiopy.vfio_user.served import ServedDevice
 from vfiopy.vfio_user.version import Capabilities, encode_version
-from vfiopy.vfio_user.wire import Command, Flag
+from vfiopy.vfio_user.wire import Command
 
 ROOT = Path(__file__).parents[2]
 
@@ -608,43 +608,6 @@ def test_asyncio_server_and_driver_threads(path: Path) -> None:
 
 # --- servers that are none -------------------------------------------------------------------------------------------
 
-Script = Callable[[Channel, Message], None]
-
-
-class FakeServer(threading.Thread):
-    """Answers each message as a script says, until the client goes."""
-
-    def __init__(self, script: Script) -> None:
-        super().__init__(daemon=True)
-        self.client, ours = socket.socketpair()
-        self.channel = Channel(ours, "fake", max_data=1 << 20)
-        ours.settimeout(10)
-        self.script = script
-        self.start()
-
-    def run(self) -> None:
-        try:
-            while True:
-                message = self.channel.receive(wait=True)
-                if message is not None:
-                    self.script(self.channel, message)
-        except (vfiopy.VfioError, OSError):
-            pass
-        finally:
-            self.channel.close()
-
-    def connect(self, **options: object) -> tuple[vfio_user.VfioUserDeviceIo, vfio_user.VfioUserMapper]:
-        return vfio_user.connect(self.client, **options)  # type: ignore[arg-type]
-
-
-def reply(channel: Channel, message: Message, payload: bytes = b"", fds: list[int] | None = None) -> None:
-    channel.send(message.id, message.command, int(Flag.REPLY), [payload], fds or [])
-
-
-def greet(channel: Channel, message: Message) -> None:
-    reply(channel, message, encode_version(0, Capabilities(max_msg_fds=16)))
-
-
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
@@ -687,21 +650,6 @@ def test_bad_device_info(info: bytes) -> None:
 
     with pytest.raises(vfiopy.ProtocolError):
         FakeServer(script).connect(timeout=1.0)
-
-
-def plain(channel: Channel, message: Message) -> bool:
-    """Answer as a device without configuration space does; False for what it leaves to others."""
-    if message.command == Command.VERSION:
-        greet(channel, message)
-    elif message.command == Command.GET_INFO:
-        reply(channel, message, wire.DEVICE_INFO.pack(16, 0, 9, 5))
-    elif message.command == Command.GET_REGION_INFO:
-        index = wire.REGION_INFO.unpack(message.payload).region
-        size = 0x1000 if index == 0 else 0
-        reply(channel, message, wire.REGION_INFO.pack(32, 3, index, 0, size, 0))
-    else:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("payload", [b"", bytes(16), bytes(19), bytes(21)])

@@ -1,4 +1,4 @@
-"""A vfio-user client that does only what it is told, for tests of the server."""
+"""Clients and servers of vfio-user that do only what they are told, for tests of the other side."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import errno
 import os
 import select
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vfiopy import emulated, uapi
+from vfiopy import emulated, uapi, vfio_user
 from vfiopy.backend import IrqAction
 from vfiopy.emulated import PciDevice
+from vfiopy.errors import VfioError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import Channel, Message
 from vfiopy.vfio_user.server import Server
 from vfiopy.vfio_user.session import Limits
+from vfiopy.vfio_user.version import Capabilities, encode_version
 from vfiopy.vfio_user.wire import Command, Flag
 
 QEMU_VERSION = (
@@ -179,3 +182,55 @@ def memfd(size: int, *, sealed: bool = True) -> int:
     if sealed:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     return fd
+
+
+Script = Callable[[Channel, Message], None]
+
+
+class FakeServer(threading.Thread):
+    """Answers each message as a script says, until the client goes."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(daemon=True)
+        self.client, ours = socket.socketpair()
+        self.channel = Channel(ours, "fake", max_data=1 << 20)
+        ours.settimeout(10)
+        self.script = script
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while True:
+                message = self.channel.receive(wait=True)
+                if message is not None:
+                    self.script(self.channel, message)
+        except (VfioError, OSError):
+            pass
+        finally:
+            self.channel.close()
+
+    def connect(self, **options: object) -> tuple[vfio_user.VfioUserDeviceIo, vfio_user.VfioUserMapper]:
+        return vfio_user.connect(self.client, **options)  # type: ignore[arg-type]
+
+
+def reply(channel: Channel, message: Message, payload: bytes = b"", fds: list[int] | None = None) -> None:
+    channel.send(message.id, message.command, int(Flag.REPLY), [payload], fds or [])
+
+
+def greet(channel: Channel, message: Message) -> None:
+    reply(channel, message, encode_version(0, Capabilities(max_msg_fds=16)))
+
+
+def plain(channel: Channel, message: Message) -> bool:
+    """Answer as a device without configuration space does; False for what it leaves to others."""
+    if message.command == Command.VERSION:
+        greet(channel, message)
+    elif message.command == Command.GET_INFO:
+        reply(channel, message, wire.DEVICE_INFO.pack(16, 0, 9, 5))
+    elif message.command == Command.GET_REGION_INFO:
+        index = wire.REGION_INFO.unpack(message.payload).region
+        size = 0x1000 if index == 0 else 0
+        reply(channel, message, wire.REGION_INFO.pack(32, 3, index, 0, size, 0))
+    else:
+        return False
+    return True

@@ -27,7 +27,8 @@ _ROOM: Final = 4096  # beside the data of the largest access
 _REPLY: Final = int(wire.Flag.REPLY)
 _NO_REPLY_WANTED: Final = int(wire.Flag.REPLY | wire.Flag.NO_REPLY)
 _ERROR: Final = int(wire.Flag.ERROR)
-_GONE: Final = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.EBADF)
+_GONE: Final = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
+_BAD_FDS: Final = (errno.EBADF, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
 # enum vfiopy_wire_result, native/wire/wire.h, and what native/ext/wire_object.h adds
 _ERRNO, _ENDED, _ENDED_INSIDE, _FDS, _SIZE, _FLAGS, _TIMEOUT = 0, 2, 3, 4, 5, 6, 100
 
@@ -87,13 +88,24 @@ def _fault(label: str, most: int, max_fds: int, kind: int, value: int) -> VfioEr
     if kind == _TIMEOUT:
         return VfioTimeoutError(f"no answer to command {value} came in time", object=label)
     if kind == _ERRNO and value not in _GONE:
-        return DeviceGoneError(f"the socket fails: {os.strerror(value)}", errno=value, object=label)
+        return _failure(label, value)
     return DeviceGoneError(
         f"the peer closed the connection{' in the middle of a message' if kind == _ENDED_INSIDE else ''}",
         errno=errno.ECONNRESET,
         object=label,
         hint="the other process ended, or gave up on this one",
     )
+
+
+def _failure(label: str, value: int) -> VfioError:
+    if value in _BAD_FDS:
+        return VfioError(
+            "a message was not sent: its file descriptors cannot be passed",
+            errno=value,
+            object=label,
+            hint="are they open? ulimit -n says how many files a process may have open, and may pass at a time",
+        )
+    return DeviceGoneError(f"the socket fails: {os.strerror(value)}", errno=value, object=label)
 
 
 def _told(
@@ -172,6 +184,7 @@ class Channel:
 
         Raises:
             DeviceGoneError: the peer closed the socket.
+            VfioError: (EBADF, EMFILE, ETOOMANYREFS) the fds cannot be passed; nothing was sent.
         """
         return self.wire.send(number, command, flags, error, parts, fds)
 

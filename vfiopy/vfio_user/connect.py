@@ -44,7 +44,11 @@ def connect(
         except DeviceGoneError as error:
             error.add_note("  hint: a server has one client at a time: is another one connected?")
             raise
-        mapper.attach(connection)
+        try:
+            mapper.attach(connection)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     connection = reach()

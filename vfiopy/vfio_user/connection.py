@@ -206,6 +206,7 @@ class Connection(Turns):
         except (VfioError, OSError, ValueError) as error:
             if not self._closing:
                 self._fail(error if isinstance(error, VfioError) else DeviceGoneError(str(error), object=self._label))
+                self._channel.shut()  # or who reads there would wait to the end of its patience
 
     def _serve_idle(self) -> None:
         poll = self._poll
@@ -248,7 +249,8 @@ class Connection(Turns):
             os.eventfd_write(self._bell, 1)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        while not self._wire.take_turn():  # who has it comes back at once: the socket is shut
+        # Who has the turn comes back at once: the socket is shut. This thread has it in a signal handler.
+        while not (self._wire.has_turn() or self._wire.take_turn()):
             time.sleep(0.001)
         self._channel.close()
         if self._twin is not None:

@@ -191,7 +191,8 @@ class VfioUserDeviceIo(FeatureRequests):
             DeviceGoneError: the device or the server does not answer.
         """
         size = len(data)
-        if self._bells and self._bells.ring(index, offset, data):
+        # An eventfd takes what nobody hears any more; a message does not.
+        if self._bells and self.connection.alive and self._bells.ring(index, offset, data):
             return
         if self._posting and size <= 8 and index <= _BAR5:
             info = self._known.get(index)

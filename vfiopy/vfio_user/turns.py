@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from vfiopy.errors import ProtocolError, VfioError, VfioTimeoutError
+from vfiopy.errors import DeviceGoneError, ProtocolError, VfioError, VfioTimeoutError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.channel import Channel, Message, close_fds
 from vfiopy.vfio_user.wire import Command, Flag
@@ -31,6 +31,7 @@ TICK: Final = 0.2
 ONCE: Final = select.EPOLLIN | select.EPOLLONESHOT
 """What the thread that serves an idle connection waits for."""
 _NEVER: Final = select.EPOLLONESHOT
+_MOST_QUEUED: Final = 64 << 20  # bytes of answers that the server may leave unread
 
 Serve = Callable[[int, bytearray], tuple[bytes | bytearray, ...]]
 """Does a request of the server's (command, payload); returns the reply's parts, or raises VfioError."""
@@ -91,7 +92,8 @@ class Turns:
         """Hear of an error of the socket before it is raised."""
         if isinstance(error, VfioTimeoutError):
             return self._unanswered(Command.REGION_READ, self.timeout, "")  # request() says more
-        self._fail(error)
+        if isinstance(error, DeviceGoneError | ProtocolError):  # others: one message was not sent
+            self._fail(error)
         return error
 
     def _unanswered(self, command: Command, patience: float, detail: str) -> VfioTimeoutError:
@@ -136,6 +138,10 @@ class Turns:
         try:
             self._channel.send(number, command, 0, parts, fds)
             self._await(call, deadline)
+        except BaseException:
+            if call.reply is not None:  # which nobody gets
+                close_fds(call.reply.fds)
+            raise
         finally:
             with self._lock:
                 if self._calls.pop(number, None) is not None:
@@ -260,6 +266,10 @@ class Turns:
             error = errno.EIO
         finally:
             close_fds(message.fds)
+        if channel.queued > _MOST_QUEUED:
+            overrun = ProtocolError("the server asks for more and more, and takes no answers", object=self._label)
+            self._fail(overrun)
+            raise overrun
         if message.wants_reply:
             flags = Flag.REPLY | Flag.ERROR if error else Flag.REPLY
             channel.send(message.id, message.command, int(flags), parts, error=error)
