@@ -264,7 +264,7 @@ def test_a_rule_for_each_boot(kernel: FakeKernel) -> None:
     assert first.startswith(f"# vfiopy: {NVME} to vfio-pci at each boot")
     assert f'KERNEL=="{NVME}", ATTR{{driver_override}}="vfio-pci"' in binding
     assert f'-m vfiopy bind --driver vfio-pci {NVME}"' in binding
-    assert f'OWNER="{ME}", GROUP="{MY_GROUP}", MODE="0660"' in rights[1]
+    assert f"chown {ME}:{MY_GROUP} $devnode" in rights[1]
     assert mode(rule(kernel)) == 0o644
     (one,) = persisted(NVME, system=kernel)
     assert (one.driver, one.own) == ("vfio-pci", True)
@@ -311,6 +311,46 @@ def test_the_format_of_driverctl_where_that_is(kernel: FakeKernel) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_another_driver_for_each_boot_replaces_the_first(kernel: FakeKernel) -> None:
+    rule_of_before = persist(NVME, user=ME, system=kernel)
+    folder = kernel.etc / "driverctl.d"
+    folder.mkdir(parents=True)
+    persist(NVME, system=kernel)
+    assert not rule_of_before[0].exists()  # it would bind, too, and for somebody
+    assert persist(NVME, "igb", system=kernel) == (folder / f"pci-{NVME}",)
+    assert [(one.driver, one.own) for one in persisted(NVME, system=kernel)] == [("igb", True)]
+    assert forget(NVME, system=kernel) == (folder / f"pci-{NVME}",)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_that_driverctl_wrote_after_ours_is_not_ours(kernel: FakeKernel) -> None:
+    folder = kernel.etc / "driverctl.d"
+    folder.mkdir(parents=True)
+    (saved,) = persist(NVME, system=kernel)
+    saved.unlink()  # driverctl unset-override
+    saved.write_text("vfio-pci\n")  # driverctl set-override
+    assert [one.own for one in persisted(NVME, system=kernel)] == [False]
+    assert forget(system=kernel) == ()
+    assert [path.name for path in folder.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("wrong", ['x", RUN+="/bin/sh', "a\nACTION", "a b", "$(reboot)", "%k", "a'b", "a\\b", "", "-h"])
+def test_what_a_rule_cannot_hold(kernel: FakeKernel, wrong: str) -> None:
+    for arguments in ({"user": wrong}, {"group": wrong}, *([] if wrong == "-h" else [{"driver": wrong}])):
+        with pytest.raises(ValueError, match="is not the name of a"):
+            persist(NVME, **arguments, system=kernel)
+    assert not rule(kernel).parent.exists()
+
+
+def test_a_name_that_a_rule_cannot_hold_is_told_first(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pwd, "getpwnam", lambda _: pwd.getpwuid(os.getuid()))
+    result = say(kernel, "bind", NVME, "--persist", "--user", "OFFICE\\alice")
+    assert result.exit_code == 2
+    assert "that a udev rule can hold" in " ".join(result.output.replace("│", " ").split())
+    assert kernel.log == []
+    assert "chown alice@office.example $devnode" in pci.udev_rule(NVME, user="alice@office.example")
+
+
 def test_others_files_stay(kernel: FakeKernel) -> None:
     folder = kernel.etc / "driverctl.d"
     folder.mkdir(parents=True)
@@ -320,7 +360,8 @@ def test_others_files_stay(kernel: FakeKernel) -> None:
     assert result.exit_code == 1
     assert f"somebody else's file is there: {saved}, for uio_pci_generic" in result.output
     assert f"driverctl unset-override {NVME}" in result.output
-    assert driver(kernel, NVME) == "nvme"  # and the binding was undone
+    assert driver(kernel, NVME) == "nvme"
+    assert kernel.log == []  # it was not even taken from its driver
     saved.write_text("vfio-pci\n")  # what is wanted is there already
     persist(NVME, system=kernel)
     assert forget(NVME, system=kernel) == ()

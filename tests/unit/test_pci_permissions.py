@@ -102,13 +102,16 @@ def test_udev_rule() -> None:
     text = udev_rule("00:05.0", "vfio")
     comment, cdev, node, shared = text.splitlines()
     assert comment.startswith("# 0000:00:05.0")
-    assert cdev == 'SUBSYSTEM=="vfio-dev", KERNELS=="0000:00:05.0", GROUP="vfio", MODE="0660"'
+    run = "RUN+=\"/bin/sh -c 'chgrp vfio $devnode'\""
+    assert cdev == f'SUBSYSTEM=="vfio-dev", KERNELS=="0000:00:05.0", MODE="0660", {run}'
     assert 'KERNEL=="0000:00:05.0", DRIVER=="*vfio?pci"' in node
     assert "chgrp vfio $$n; chmod 0660 $$n" in node
-    assert shared == 'SUBSYSTEM=="misc", KERNEL=="iommu", GROUP="vfio", MODE="0660"'
+    assert shared == f'SUBSYSTEM=="misc", KERNEL=="iommu", MODE="0660", {run}'
     assert 'MODE="0600"' in udev_rule("00:05.0", "vfio", mode=0o600)
     owner = udev_rule("00:05.0", user="alice").splitlines()
-    assert owner[1].endswith('OWNER="alice", MODE="0600"')
+    assert owner[1].endswith("MODE=\"0600\", RUN+=\"/bin/sh -c 'chown alice $devnode'\"")
+    # systemd 258 leaves out a rule with OWNER= or GROUP= of somebody who is not a part of the system
+    assert "OWNER=" not in "".join(owner)
     assert "chown alice $$n; chmod 0600 $$n" in owner[2]
     assert owner[3].endswith('MODE="0666"')
     assert "chown alice:vfio $$n" in udev_rule("00:05.0", "vfio", user="alice")

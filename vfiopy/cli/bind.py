@@ -11,6 +11,7 @@ import typer
 from vfiopy import pci
 from vfiopy.cli.common import print_json, refusals_told, system_of
 from vfiopy.cli.complete import complete_address
+from vfiopy.errors import VfiopyError
 from vfiopy.pci import Function, PciAddress, System
 
 __all__ = ["run_bind", "run_restore", "run_unbind"]
@@ -38,6 +39,8 @@ def run_bind(
     """
     system = system_of(context)
     _check_names(user, group_name)
+    if persist:
+        _check_persist(addresses, group, driver, user, group_name, system)
     with refusals_told(), pci.bind(addresses, driver, whole_group=group, force=force, system=system) as binding:
         report = [_entry(one, binding.previous_driver(one)) for one in binding.functions]
         if user is not None or group_name is not None:
@@ -126,6 +129,23 @@ def _check_names(user: str | None, group_name: str | None) -> None:
             grp.getgrnam(group_name)
     except KeyError:
         raise typer.BadParameter(f"there is no group {group_name!r}", param_hint="--group-name") from None
+
+
+def _check_persist(
+    addresses: list[str], group: bool, driver: str, user: str | None, group_name: str | None, system: System
+) -> None:
+    # Before anything is changed, too: taking a device from its driver and giving it back is not nothing.
+    with refusals_told():
+        wanted = [pci.function(address, system=system) for address in addresses]
+        if group:
+            wanted += [other for one in wanted for other in one.group_members() if not other.is_bridge]
+        try:
+            for one in wanted:
+                pci.check_persist(one.address, driver, user=user, group=group_name, system=system)
+        except ValueError as error:
+            if isinstance(error, VfiopyError):
+                raise
+            raise typer.BadParameter(str(error)) from None
 
 
 def _persist(

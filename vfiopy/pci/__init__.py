@@ -6,7 +6,7 @@ from vfiopy.pci.discovery import find, function
 from vfiopy.pci.events import Event, Monitor, monitor
 from vfiopy.pci.function import Function, Resource, is_vfio_driver
 from vfiopy.pci.permissions import MemlockLimit, grant, memlock_limit, udev_rule
-from vfiopy.pci.persistence import Persisted, forget, persist, persisted
+from vfiopy.pci.persistence import Persisted, check_persist, forget, persist, persisted
 from vfiopy.pci.system import System
 from vfiopy.pci.unbinding import clear_override, unbind
 from vfiopy.pci.usage import uses
@@ -30,6 +30,7 @@ __all__ = [
     "is_vfio_driver",
     "memlock_limit",
     "monitor",
+    "check_persist",
     "persist",
     "persisted",
     "restore",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 import resource
 import stat
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from vfiopy.pci.function import Function
 from vfiopy.pci.records import NodeState, Record, Records, State
 from vfiopy.pci.system import System
 
-__all__ = ["MemlockLimit", "grant", "memlock_limit", "take_back", "udev_rule"]
+__all__ = ["MemlockLimit", "check_rule_names", "grant", "memlock_limit", "take_back", "udev_rule"]
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
 
@@ -159,6 +160,13 @@ def _open_up(node: Path, uid: int, gid: int) -> bool:
     return True
 
 
+def check_rule_names(user: str | None, group: str | None) -> None:
+    """Raise ``ValueError`` for a name that cannot stand in a udev rule, and for the shell that the rule runs."""
+    for name, what in ((user, "user"), (group, "group")):
+        if name is not None and not re.fullmatch(r"[\w.+@][\w.+@-]*", name):
+            raise ValueError(f"{name!r} is not the name of a {what} that a udev rule can hold")
+
+
 def udev_rule(
     address: PciAddress | str, group: str | None = None, *, user: str | None = None, mode: int | None = None
 ) -> str:
@@ -176,21 +184,20 @@ def udev_rule(
     where = PciAddress.parse(address)
     if user is None and group is None:
         raise ValueError("a rule gives the nodes to a user or a group")
-    for name, what in ((user, "user"), (group, "group")):
-        if name is not None and not (name and all(each.isalnum() or each in "_-." for each in name)):
-            raise ValueError(f"{name!r} is not the name of a {what}")
+    check_rule_names(user, group)
     mode = (0o600 if group is None else 0o660) if mode is None else mode
     whom = " and ".join([*([user] if user else []), *([f"the group {group}"] if group else [])])
-    owners = [f'OWNER="{user}"'] if user is not None else []
-    owners += [f'GROUP="{group}"'] if group is not None else []
-    rights = ", ".join([*owners, f'MODE="{mode:04o}"'])
-    shared = 'MODE="0666"' if group is None else f'GROUP="{group}", MODE="{mode:04o}"'
-    change = f"chown {user or ''}{f':{group}' if group else ''} $$n" if user else f"chgrp {group} $$n"
+    # By chown, not by OWNER= and GROUP=: systemd 258 and 259 leave out a rule that names a user or group of people.
+    change = f"chown {user}{f':{group}' if group else ''}" if user else f"chgrp {group}"
+    rights = f"MODE=\"{mode:04o}\", RUN+=\"/bin/sh -c '{change} $devnode'\""
+    shared = (
+        'MODE="0666"' if group is None else f"MODE=\"{mode:04o}\", RUN+=\"/bin/sh -c 'chgrp {group} $devnode'\""
+    )
     # The group node has no parent device, so it is found from the function's "bind" event: its number may
     # change from boot to boot, the function's address does not.
     command = (
         f"RUN+=\"/bin/sh -c 'n=/dev/vfio/$$(basename $$(readlink /sys%p/iommu_group)); "
-        f"{change}; chmod {mode:04o} $$n'\""
+        f"{change} $$n; chmod {mode:04o} $$n'\""
     )
     return (
         f"# {where} for {whom}: its character device, its group's node, what all devices share\n"

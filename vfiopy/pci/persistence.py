@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vfiopy.errors import BindingError, PciAddressError, PermissionDeniedError
 from vfiopy.pci.address import PciAddress
-from vfiopy.pci.permissions import udev_rule
+from vfiopy.pci.permissions import check_rule_names, udev_rule
 from vfiopy.pci.system import System
 
-__all__ = ["Persisted", "forget", "persist", "persisted"]
+__all__ = ["Persisted", "check_persist", "forget", "persist", "persisted"]
 
 _TAG = "# vfiopy: "
 _PREFIX, _SUFFIX = "70-vfiopy-", ".rules"
@@ -53,8 +55,44 @@ def persisted(address: PciAddress | str, *, system: System | None = None) -> tup
         found.append(Persisted(rule, driver, text.startswith(_TAG)))
     text = _text(saved)
     if text is not None:
-        found.append(Persisted(saved, text.strip(), mark.exists()))
+        found.append(Persisted(saved, text.strip(), _text(mark) == _mark_text(saved, saved.stat())))
     return tuple(found)
+
+
+def check_persist(
+    address: PciAddress | str,
+    driver: str = "vfio-pci",
+    *,
+    user: str | None = None,
+    group: str | None = None,
+    system: System | None = None,
+) -> None:
+    """Look whether :func:`persist` would refuse, before anything is changed.
+
+    Args:
+        address: the function.
+        driver: the driver.
+        user: name of who may open it.
+        group: name of the group that may open it.
+        system: other roots than /sys, /proc, /dev and /etc.
+
+    Raises:
+        BindingError: somebody else's file is there.
+        ValueError: not the name of a driver, user or group.
+    """
+    system, where = System() if system is None else system, PciAddress.parse(address)
+    check_rule_names(user, group)
+    if not re.fullmatch(r"[\w.+-]+", driver):
+        raise ValueError(f"{driver!r} is not the name of a driver")
+    rule, (saved, _) = _rule(system, where), _driverctl(system, where)
+    for one in persisted(where, system=system):
+        if not one.own and (one.path == rule or one.driver != driver):
+            raise BindingError(
+                f"somebody else's file is there: {one.path}" + (f", for {one.driver}" if one.driver else ""),
+                errno=errno.EEXIST,
+                object=str(where),
+                hint=f"driverctl unset-override {where}" if one.path == saved else "move it away, or remove it",
+            )
 
 
 def persist(
@@ -86,19 +124,12 @@ def persist(
     Raises:
         BindingError: somebody else's file is there, or cannot be written.
         PermissionDeniedError: not root.
-        ValueError: not the name of a user or group.
+        ValueError: not the name of a driver, user or group.
     """
     system, where = System() if system is None else system, PciAddress.parse(address)
+    check_persist(where, driver, user=user, group=group, system=system)
     rule, (saved, mark) = _rule(system, where), _driverctl(system, where)
     use_driverctl = _has_driverctl(system)
-    for one in persisted(where, system=system):
-        if not one.own and (one.path == rule or one.driver != driver):
-            raise BindingError(
-                f"somebody else's file is there: {one.path}" + (f", for {one.driver}" if one.driver else ""),
-                errno=errno.EEXIST,
-                object=str(where),
-                hint=f"driverctl unset-override {where}" if one.path == saved else "move it away, or remove it",
-            )
     lines = [f"{_TAG}{where} to {driver} at each boot; 'vfiopy unbind --persist {where}' removes this file"]
     if use_driverctl:
         lines = [f"{_TAG}nodes of {where}; 'vfiopy unbind --persist {where}' removes this file"]
@@ -114,15 +145,16 @@ def persist(
         text += udev_rule(where, group, user=user)
     written = []
     try:
-        if use_driverctl and _text(saved) is None:
-            # The mark comes first: after a crash in between it claims nothing that is there.
-            _write(mark, f"{_TAG}{saved.name} is vfiopy's\n")
-            _write(saved, f"{driver}\n")
         if use_driverctl:
+            if (_text(saved) or "").strip() != driver:
+                # The mark comes first: after a crash in between it claims nothing that is there.
+                _write(saved, f"{driver}\n", lambda made: _write(mark, _mark_text(saved, made)))
             written.append(saved)
         if not use_driverctl or user is not None or group is not None:
             _write(rule, text)
             written.append(rule)
+        elif (_text(rule) or "").startswith(_TAG):
+            rule.unlink()  # of before driverctl was there, or for a user of before
     except OSError as error:
         raise _failed(error, where, "written") from error
     return tuple(written)
@@ -181,6 +213,11 @@ def _driverctl(system: System, where: PciAddress) -> tuple[Path, Path]:
     return folder / f"pci-{where}", folder / f".pci-{where}.vfiopy"
 
 
+def _mark_text(saved: Path, made: os.stat_result) -> str:
+    # With the file's time: one that driverctl wrote later, under the same name, is not ours.
+    return f"{_TAG}{saved.name} of {made.st_mtime_ns} is vfiopy's\n"
+
+
 def _has_driverctl(system: System) -> bool:
     if (system.etc / "driverctl.d").is_dir():
         return True
@@ -199,8 +236,8 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    """All of the file or none, on disk."""
+def _write(path: Path, text: str, first: Callable[[os.stat_result], None] | None = None) -> None:
+    """All of the file or none, on disk; ``first`` is told what it will be, before it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     try:
@@ -209,6 +246,8 @@ def _write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.chmod(0o644)
+        if first is not None:
+            first(fresh.stat())
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
