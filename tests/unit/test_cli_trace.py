@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
 from pathlib import Path
@@ -160,8 +161,9 @@ def test_schema_of_json(tmp_path: Path) -> None:
     [
         (["--filter", "bar9", "x.py"], 2, "is no place"),
         (["--json", "--out", "x", "x.py"], 2, "--json writes JSON lines"),
-        (["/no/such/command"], 1, "/no/such/command: No such file or directory"),
-        (["--out", "/no/such/folder/x", "x.py"], 1, "/no/such/folder/x: No such file or directory"),
+        (["/no/such/command"], 1, "/no/such/command: no script or command"),
+        (["no_such.py"], 1, "no_such.py: no script or command"),
+        (["--out", "/no/such/folder/x", str(EDU)], 1, "/no/such/folder/x: No such file or directory"),
         ([], 2, "Missing argument"),
     ],
 )
@@ -187,6 +189,97 @@ def test_nobody_listens(tmp_path: Path) -> None:
     )
     assert answer.stdout == "0x10000ed\n"
     assert "emulated:edu is not traced" in answer.stderr
+
+
+def test_an_older_trace_survives_a_command_that_cannot_be_run(tmp_path: Path) -> None:
+    out = tmp_path / "trace.jsonl"
+    out.write_text("precious")
+    assert run("trace", "--out", out, "/no/such/command").returncode == 1
+    assert out.read_text() == "precious"
+
+
+PATIENT = """
+import os, pathlib, socket, sys, time
+bar.write32(4, 1)
+{}
+time.sleep(0.5)
+for _ in range(1000):
+    bar.read32(0)
+device.close()
+print("went on")
+sys.exit(4)
+"""
+
+
+def test_a_program_outlives_a_sink_that_fails(tmp_path: Path) -> None:
+    # the pipe's reader is gone before the first event comes: as with | head -1
+    path = program(tmp_path, PATIENT.format(""))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for options, stream in ((["--json"], "stdout"), ([], "stderr")):
+        reader, writer = os.pipe()
+        files = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+        with subprocess.Popen(
+            [sys.executable, "-m", "vfiopy", "trace", *options, path], text=True, env=environment, **files
+        ) as process:
+            os.close(writer)
+            if options:
+                os.read(reader, 10)
+            os.close(reader)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 4
+        assert "went on" in (out or "") + (err or "")
+        if options:
+            assert "Broken pipe" in err
+            assert "events were lost" in err
+            assert "Traceback" not in err
+
+
+def test_a_full_disk_is_told_before_the_program_is_run(tmp_path: Path) -> None:
+    path = program(tmp_path, "print('ran')")
+    before = set(Path(tempfile.gettempdir()).glob("vfiopy-trace-*"))
+    answer = run("trace", "--out", "/dev/full", "--format", "jsonl", path, TMPDIR=str(tmp_path))
+    assert answer.returncode == 1
+    assert answer.stderr == "vfiopy: /dev/full: No space left on device\n"
+    assert not answer.stdout
+    assert set(Path(tempfile.gettempdir()).glob("vfiopy-trace-*")) == before
+    assert not list(tmp_path.glob("vfiopy-trace-*"))
+
+
+def test_who_writes_nonsense_into_the_socket_is_not_listened_to(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        PATIENT.format(
+            """
+            channel = socket.socket(socket.AF_UNIX)
+            channel.connect(os.environ["VFIOPY_TRACE"].removeprefix("unix:"))
+            channel.sendall(b"nonsense\\n")
+            """.replace("\n            ", "\n")
+        ),
+    )
+    answer = run("trace", "--json", path)
+    assert answer.returncode == 4
+    assert "went on" in answer.stderr
+    last = json.loads(answer.stdout.splitlines()[-1])
+    assert last == {"kind": "end", "events": 1000 + 4, "lost": 0}
+
+
+def test_who_ends_the_trace_ends_the_program(tmp_path: Path) -> None:
+    path = program(tmp_path, "bar.write32(4, 1)\nprint('begun', flush=True)\nimport time\ntime.sleep(50)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    out = tmp_path / "trace.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "vfiopy", "trace", "--sync", "--out", out, path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.terminate()
+        assert process.stdout.read() == "", "the program holds the other end of the pipe until it ends"
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("vfiopy-trace-*"))
+    assert [json.loads(line)["kind"] for line in out.read_text().splitlines()][-2:] == ["lost", "end"]
 
 
 # --- VFIOPY_TRACE by hand ---

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,11 +50,17 @@ class Format(StrEnum):
 _BY_NAME = {".jsonl": Format.JSONL, ".json": Format.PERFETTO, ".perfetto": Format.PERFETTO}
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Not rich's answer, which is to exit: the program that is traced goes on."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class _Screen:
     """A line for each event on standard error: standard output is the program's."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self._start = 0
         self._folder = Folder()
 
@@ -110,21 +120,31 @@ def run_trace(
         raise typer.BadParameter(str(error), param_hint="--filter") from None
     if as_json and (out is not None or form not in (None, Format.JSONL)):
         raise typer.BadParameter("--json writes JSON lines to standard output; leave --out and --format out")
+    line = _command_line(command)
     options = {"only": only or [], "devices": device or [], "contents": contents, "sync": sync}
     try:
         sink = JsonLines(sys.stdout) if as_json else _sink(out, form)
-        result = collect(
-            _command_line(command), sink, options=options, stdout=sys.stderr if as_json else None
-        )
+        result = collect(line, sink, options=options, stdout=sys.stderr if as_json else None)
     except OSError as error:
-        typer.echo(f"vfiopy: {error.filename or command[0]}: {error.strerror}", err=True)
+        typer.echo(f"vfiopy: {error.filename or out or 'the trace'}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
-    _tell(result, out)
-    raise typer.Exit(result.status)
+    with suppress(BrokenPipeError):  # nobody reads standard error any more
+        _tell(result, out)
+    raise typer.Exit(result.status or (1 if result.error else 0))
 
 
 def _command_line(command: list[str]) -> list[str]:
-    return [sys.executable, *command] if command[0].endswith(".py") else command
+    """What to run. What cannot be is refused here, before an older trace is overwritten."""
+    name = command[0]
+    if name.endswith(".py"):
+        found = Path(name).is_file()
+        command = [sys.executable, *command]
+    else:
+        found = shutil.which(name) is not None
+    if not found:
+        typer.echo(f"vfiopy: {name}: no script or command that can be run", err=True)
+        raise typer.Exit(1)
+    return command
 
 
 def _sink(out: Path | None, form: Format | None) -> Sink:
@@ -138,7 +158,10 @@ def _sink(out: Path | None, form: Format | None) -> Sink:
 
 
 def _tell(result: Collected, out: Path | None) -> None:
-    if not result.processes:
+    if result.error is not None:
+        where = out or "the trace"
+        typer.echo(f"vfiopy: {where}: {result.error.strerror}; {result.lost} events were lost", err=True)
+    elif not result.processes:
         typer.echo("vfiopy: the program opened no device through vfiopy", err=True)
     elif out is not None:
         lost = f", {result.lost} lost" if result.lost else ""

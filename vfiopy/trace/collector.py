@@ -11,7 +11,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ class Collected:
         events: how many were written.
         lost: how many were lost, as far as the processes could say.
         processes: how many opened a device.
+        error: why the sink took no more, or None; what came from then on is counted as lost.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class Collected:
         self.events = 0
         self.lost = 0
         self.processes = 0
+        self.error: OSError | None = None
 
 
 class _Connection:
@@ -69,14 +72,12 @@ class _Connection:
                 events.append(self._last)
         return events, lost
 
-    def cut_short(self) -> Event | None:
-        """Return an event that says that the end is missing, or None where it is not."""
+    def cut_short(self, why: str) -> Event | None:
+        """Return an event that says why the end is missing, or None where it is not."""
         if self.ended or self._last is None:
             return None
-        reason = f"process {self.pid} ended without closing its trace; its last events may be missing"
-        return self._last._replace(
-            kind="lost", region=None, offset=None, width=None, value=None, facts={"count": None, "reason": reason}
-        )
+        facts = {"count": None, "reason": f"process {self.pid} {why}"}
+        return self._last._replace(kind="lost", region=None, offset=None, width=None, value=None, facts=facts)
 
 
 class _Collector:
@@ -97,7 +98,7 @@ class _Collector:
         while self._step(0.05) or (self._connections and time.monotonic() - last < _PATIENCE):
             pass
         for connection in self._connections.copy():
-            self._drop(connection)
+            self._drop(connection, "goes on; what it does from here is not in the trace")
         status = program.returncode
         self.result.status = status if status >= 0 else 128 - status
 
@@ -117,17 +118,27 @@ class _Collector:
         try:
             events, lost = connection.read()
         except (EOFError, ConnectionError):
-            self._drop(connection)
+            self._drop(connection, "ended without closing its trace; its last events may be missing")
+            return
+        except (ValueError, KeyError, TypeError, AttributeError):  # who knows the socket may misuse it
+            self._drop(connection, "sent what is no trace; nothing more is taken from it")
             return
         self._write(events)
         self.result.lost += lost
 
     def _write(self, events: Sequence[Event]) -> None:
-        self._sink.write(events)
-        self.result.events += len(events)
+        if self.result.error is None:
+            try:
+                self._sink.write(events)
+            except OSError as error:  # the program is not to fail because nobody can look: it goes on
+                self.result.error = error
+            else:
+                self.result.events += len(events)
+                return
+        self.result.lost += len(events)
 
-    def _drop(self, connection: _Connection) -> None:
-        cut = connection.cut_short()
+    def _drop(self, connection: _Connection, why: str) -> None:
+        cut = connection.cut_short(why)
         if cut is not None:
             self._write([cut])
         self._selector.unregister(connection.channel)
@@ -138,6 +149,28 @@ class _Collector:
         for connection in self._connections:
             connection.channel.close()
         self._selector.close()
+
+    def end(self) -> None:
+        try:
+            self._sink.end(self.result.events, self.result.lost)
+        except OSError as error:
+            self.result.error = self.result.error or error
+
+
+@contextmanager
+def _signals_for(program: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Let the program decide: Ctrl-C reaches it by itself, and who asks us to end asks the program."""
+
+    def forward(number: int, _: object) -> None:
+        program.send_signal(number)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGHUP)}
+    old[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def collect(
@@ -152,31 +185,26 @@ def collect(
         stdout: the program's standard output, as for ``subprocess``.
 
     Raises:
-        OSError: the command cannot be run, or the sink cannot be written.
+        OSError: the command cannot be run, or the sink cannot be begun. A sink that fails later is told in the result.
     """
     folder = Path(tempfile.mkdtemp(prefix="vfiopy-trace-"))  # mode 0700: nobody else connects
     path = folder / "socket"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     collector = _Collector(sink, listener)
-    sink.begin({**header(), "program": list(command)})
     try:
+        sink.begin({**header(), "program": list(command)})
         listener.bind(str(path))
         listener.listen()
         environment = {**os.environ, VARIABLE: f"{SOCKET}{path}", OPTIONS: json.dumps(options)}
-        with subprocess.Popen(command, env=environment, stdout=stdout) as program:
-            # Ctrl-C is for the program, which gets it too; its end is ours
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with subprocess.Popen(command, env=environment, stdout=stdout) as program, _signals_for(program):
             try:
                 collector.run(program)
             except BaseException:
                 program.terminate()
                 raise
-            finally:
-                signal.signal(signal.SIGINT, before)
     finally:
         collector.close()
         listener.close()
         shutil.rmtree(folder)
-        sink.end(collector.result.events, collector.result.lost)
+        collector.end()
     return collector.result
-
