@@ -17,8 +17,7 @@ DESCRIPTOR: Final = struct.Struct("<QI3xB")
 """Address, length, and type and sub type in one byte (figure 87)."""
 SUPPORT: Final = 1 << 0 | 1 << 16
 """SGLS: data of any alignment, bit buckets (Base 2.0, figure 275)."""
-_SEGMENT_LIMIT: Final = 1 << 16
-_MOST_SEGMENTS: Final = 256  # a chain that goes in circles would never end
+_MOST_DESCRIPTORS: Final = 1 << 12  # each costs time that others wait; and a chain that goes in circles has to end
 _DPTR: Final = 24
 
 
@@ -84,13 +83,13 @@ def _decode(data: bytes, start: int) -> _Descriptor:
 
 def _descriptors(memory: Memory, first: _Descriptor) -> Iterator[_Descriptor]:
     """Yield what describes data, segment after segment."""
-    lead, segments = first, 0
+    lead, count = first, 0
     if not lead.leads_on:
         yield lead
         return
     while True:
-        segments += 1
-        data = _read_segment(memory, lead, segments)
+        count += lead.length // DESCRIPTOR.size
+        data = _read_segment(memory, lead, count)
         found = [_decode(data, start) for start in range(0, len(data), DESCRIPTOR.size)]
         last = lead.kind == DescriptorType.LAST_SEGMENT
         for number, one in enumerate(found, 1):
@@ -106,9 +105,9 @@ def _descriptors(memory: Memory, first: _Descriptor) -> Iterator[_Descriptor]:
             return
 
 
-def _read_segment(memory: Memory, lead: _Descriptor, number: int) -> bytes:
+def _read_segment(memory: Memory, lead: _Descriptor, count: int) -> bytes:
     if lead.address & 7 or not lead.length or lead.length % DESCRIPTOR.size:
         raise RefusedError(Code.INVALID_SGL_SEGMENT, _DPTR)
-    if lead.length > _SEGMENT_LIMIT or number > _MOST_SEGMENTS:
+    if count > _MOST_DESCRIPTORS:
         raise RefusedError(Code.INVALID_SGL_COUNT, _DPTR)
     return memory.read(lead.address, lead.length)
