@@ -383,7 +383,7 @@ def test_images_that_cannot_be(tmp_path: Path) -> None:
     for make, message in (
         (lambda: Namespace.image(tmp_path / "none.img"), "give a size to have it made"),
         (lambda: Namespace.image(odd), "1000 bytes are not a whole number of blocks of 512"),
-        (lambda: Namespace.image(odd, size=2000), "has 1000 bytes, not 2000"),
+        (lambda: Namespace.image(odd, size=2048), "has 1000 bytes, not 2048"),
         (lambda: Namespace.image(tmp_path), "cannot be opened"),
         (lambda: Namespace.image("/dev/null", read_only=True), "a file or a block device"),
     ):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from nvme_support import BASE, PAGE, bare
+from nvme_support import BASE, PAGE, bare, content, noise
 
-from vfiopy.emulated.nvme import Namespace, Nvme
+from vfiopy.emulated.nvme import Backing, Namespace, Nvme
+from vfiopy.emulated.nvme.command import RefusedError
+from vfiopy.errors import VfioError
 from vfiopy.nvme_spec import registers as reg
 from vfiopy.nvme_spec.opcodes import AdminOpcode, IoOpcode
 from vfiopy.nvme_spec.status import Code
@@ -148,3 +152,100 @@ def test_a_host_that_takes_completions_while_it_is_looked_at_rings_again() -> No
         cq = host.target.queues.completions[2]
         assert (cq.head, len(cq.backlog)) == (1, 2)
         assert events[5] == 1, "the host takes the next one, and does not ring"
+
+
+def test_lists_of_ever_so_many_descriptors_are_refused() -> None:
+    """Each is a pin and a view: of four bytes each, a command of 1 MiB has a quarter of a million."""
+    with bare(small()) as host:
+        pages, count = 20, PAGE // 16
+        chain = host.pool[8 * PAGE : (8 + pages) * PAGE].view("<u8").reshape(-1, 2)
+        chain[:] = (FREE, 4)
+        for page in range(1, pages):
+            chain[page * count - 1] = (FREE + page * PAGE, (3 if page == pages - 1 else 2) << 60 | PAGE)
+        chain[-1] = (FREE, 80)
+        command = {"opcode": IoOpcode.READ, "flags": 0x40, "nsid": 1}
+        assert host.submit(1, prp1=FREE, prp2=2 << 60 | PAGE, cdw12=39, **command) == Code.INVALID_SGL_COUNT
+        chain[-256:] = [(BASE + 50 * PAGE + 8 * number, 2) for number in range(256)]
+        assert host.submit(1, prp1=FREE + (pages - 1) * PAGE, prp2=3 << 60 | PAGE, **command) == Code.SUCCESS
+
+
+# --- what the data are in --------------------------------------------------------------------------------------------
+
+
+def test_a_closed_image_has_nobody_elses_file(tmp_path: Path) -> None:
+    """Closed in the middle of a command, it must not go on with the file that has its number now."""
+
+    class Closing(Namespace):
+        def read(self, lba: int, views: Sequence[memoryview]) -> None:
+            super().read(lba, views)
+            self.close()
+            others.append(Namespace.memory(4 << 20))
+
+    others: list[Namespace] = []
+    namespace = Closing.image(tmp_path / "disk.img", size=4 << 20)
+    number = namespace.backing.fd
+    with pytest.raises(RefusedError):
+        namespace.verify(0, 8192)
+    assert others[0].backing.fd == number
+    with pytest.raises(RefusedError):
+        namespace.zero(0, 1, deallocate=True)
+    assert namespace.backing.closed
+
+
+def test_closing_a_controller_twice_is_no_error(tmp_path: Path) -> None:
+    disk = Nvme([Namespace.image(tmp_path / "disk.img", size=4096)])
+    disk.close()
+    disk.close()
+    assert not disk.errors
+
+
+def test_discarding_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deallocate is an advice: where it cannot be taken, a disk must not be filled with zeroes for it."""
+    with bare(small()) as host:
+        space = host.target.namespaces[1]
+        space.write(0, [memoryview(b"\x11" * 1024)])
+        monkeypatch.setattr("vfiopy.emulated.nvme.backing._fallocate", lambda *_: False)  # as on vfat
+        monkeypatch.setattr(space, "write", None)
+        host.pool[8 * PAGE : 8 * PAGE + 16].view("<u4")[:] = (0, 2048, 0, 0)
+        assert host.submit(1, opcode=IoOpcode.DATASET_MANAGEMENT, nsid=1, prp1=FREE, cdw11=4) == Code.SUCCESS
+        assert content(host.target)[:1024] == b"\x11" * 1024
+        assert host.submit(1, opcode=IoOpcode.WRITE_ZEROES, nsid=1, cdw12=1 << 25) == Code.SUCCESS
+        assert content(host.target)[:1024] == bytes(512) + b"\x11" * 512
+
+
+def test_an_image_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    for size, message in ((1000, "not a whole number of blocks"), (-512, "not a whole"), (1 << 63, "cannot be had"),
+                          ((1 << 63) - 512, "cannot be had")):  # fmt: skip
+        with pytest.raises(VfioError, match=message):
+            Namespace.image(path, size=size)
+        assert not path.exists()
+    for size in (1000, -512, 1 << 63):
+        with pytest.raises(VfioError, match="memory: "):
+            Namespace.memory(size)
+
+
+def test_images_that_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(VfioError, match="a file or a block device"):
+        Namespace.image(tmp_path / "fifo", read_only=True)
+    with pytest.raises(VfioError, match="leave read-only out"):
+        Namespace.image(tmp_path / "none.img", size=512, read_only=True)
+
+
+def test_a_full_disk_is_a_status() -> None:
+    with bare(Nvme([Namespace(Backing(os.open("/dev/full", os.O_RDWR), 1 << 20, "/dev/full"))], manual=True)) as host:
+        command = {"opcode": IoOpcode.WRITE, "nsid": 1, "prp1": FREE}
+        assert host.submit(1, **command) == Code.CAPACITY_EXCEEDED
+        assert host.submit(1, **{**command, "opcode": IoOpcode.WRITE_ZEROES}) == Code.CAPACITY_EXCEEDED
+        assert host.target.logs.writes == 0
+
+
+def test_many_views_take_time_in_proportion(tmp_path: Path) -> None:
+    space = Namespace.image(tmp_path / "disk.img", size=1 << 20)
+    data = noise(1 << 20)
+    views = [memoryview(data)[start : start + 4] for start in range(0, 1 << 20, 4)]
+    begin = time.process_time()
+    space.write(0, views)
+    assert time.process_time() - begin < 4.0, "of the processor; it was 20 as long as each view moved all that follow"
+    assert (tmp_path / "disk.img").read_bytes() == bytes(data)

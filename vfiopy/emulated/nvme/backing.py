@@ -10,6 +10,7 @@ import stat
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from vfiopy.errors import BusyError, VfioError
@@ -17,9 +18,17 @@ from vfiopy.errors import BusyError, VfioError
 __all__ = ["Backing"]
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10  # linux/falloc.h
-_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 _MOST_VIEWS = 1024  # IOV_MAX
 _ZEROES = bytes(1 << 16)
+
+
+class _File:
+    """A descriptor that is closed with the last reference: while a call uses it, its number is nobody else's."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
 
 
 class Backing:
@@ -35,18 +44,17 @@ class Backing:
     """
 
     def __init__(self, fd: int, size: int, name: str, *, read_only: bool = False) -> None:
-        self.fd = fd
+        self._file: _File | None = _File(fd)
         self.size = size
         self.name = name
         self.read_only = read_only
-        self._closing = weakref.finalize(self, os.close, fd)
 
     @classmethod
     def memory(cls, size: int) -> Backing:
         """Take memory of this process, zeroed; pages are allocated when they are written."""
         fd = os.memfd_create("vfiopy-nvme", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, size)
+            _lengthen(fd, size, "memory")
         except BaseException:
             os.close(fd)
             raise
@@ -66,24 +74,35 @@ class Backing:
             VfioError: it cannot be opened, or has another size.
         """
         name = os.fspath(path)
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-        try:
-            fd = os.open(name, flags | (os.O_CREAT if size is not None and not read_only else 0), 0o644)
-        except OSError as error:
-            hint = "give a size to have it made" if error.errno == errno.ENOENT else ""
-            raise VfioError(
-                "the image cannot be opened", errno=error.errno, object=name, call="open", hint=hint
-            ) from error
+        fd, made = _opened(name, read_only=read_only, make=size is not None and not read_only)
         try:
             _lock(fd, name, shared=read_only)
             return cls(fd, _sized(fd, name, size), name, read_only=read_only)
         except BaseException:
             os.close(fd)
+            if made:
+                Path(name).unlink()
             raise
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
-        self._closing()
+        """Close the file, once what is reading and writing it has ended. Idempotent."""
+        self._file = None
+
+    @property
+    def closed(self) -> bool:
+        """It was closed."""
+        return self._file is None
+
+    def _opened(self) -> _File:
+        file = self._file
+        if file is None:
+            raise OSError(errno.EBADF, "the image is closed")
+        return file
+
+    @property
+    def fd(self) -> int:
+        """The file; raises OSError where it is closed."""
+        return self._opened().fd
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill the views, in order.
@@ -91,11 +110,13 @@ class Backing:
         Raises:
             OSError: EIO where the file ends before, and whatever the kernel says.
         """
-        _transfer(os.preadv, self.fd, views, offset)
+        file = self._opened()
+        _transfer(os.preadv, file.fd, views, offset)
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write what the views show, in order; raises as :meth:`read` does."""
-        _transfer(os.pwritev, self.fd, views, offset)
+        file = self._opened()
+        _transfer(os.pwritev, file.fd, views, offset)
 
     def zero(self, offset: int, size: int, *, deallocate: bool) -> None:
         """Have a range read as zeroes, and give its space up if asked and if the file system can.
@@ -103,18 +124,47 @@ class Backing:
         Raises:
             OSError: whatever the kernel says.
         """
+        file = self._opened()
         mode = _KEEP_SIZE | (_PUNCH_HOLE if deallocate else _ZERO_RANGE)
-        if not size or _fallocate(self.fd, mode, offset, size):
+        if not size or _fallocate(file.fd, mode, offset, size):
             return
         end = offset + size
         for start in range(offset, end, len(_ZEROES)):
             with memoryview(_ZEROES)[: min(len(_ZEROES), end - start)] as view:
                 self.write([view], start)
 
+    def discard(self, offset: int, size: int) -> None:
+        """Give a range's space up, if the file system can: it reads as zeroes then, and else as before.
+
+        Raises:
+            OSError: whatever the kernel says.
+        """
+        file = self._opened()
+        if size:
+            _fallocate(file.fd, _KEEP_SIZE | _PUNCH_HOLE, offset, size)
+
     def sync(self) -> None:
         """Have the data on the disk; raises OSError."""
+        file = self._opened()
         if not self.read_only:
-            os.fdatasync(self.fd)
+            os.fdatasync(file.fd)
+
+
+def _opened(name: str, *, read_only: bool, make: bool) -> tuple[int, bool]:
+    """Open an image; whether it was made. O_NONBLOCK: a FIFO is refused, and not waited for."""
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        try:
+            return os.open(name, flags), False
+        except FileNotFoundError:
+            if not make:
+                raise
+        return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+    except OSError as error:
+        hint = ""
+        if error.errno == errno.ENOENT and not make:
+            hint = "leave read-only out to have it made" if read_only else "give a size to have it made"
+        raise VfioError("the image cannot be opened", errno=error.errno, object=name, call="open", hint=hint) from error
 
 
 def _lock(fd: int, name: str, *, shared: bool) -> None:
@@ -126,6 +176,18 @@ def _lock(fd: int, name: str, *, shared: bool) -> None:
             object=name,
             hint="end that one, or open the image read-only in both",
         ) from None
+    except OSError as error:
+        raise VfioError(
+            "the image cannot be locked", errno=error.errno, object=name, call="flock", hint="have it on a local disk"
+        ) from error
+
+
+def _lengthen(fd: int, size: int, name: str) -> None:
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as error:
+        number = error.errno if isinstance(error, OSError) else errno.EFBIG
+        raise VfioError(f"{size} bytes cannot be had", errno=number, object=name, call="ftruncate") from error
 
 
 def _sized(fd: int, name: str, size: int | None) -> int:
@@ -134,7 +196,7 @@ def _sized(fd: int, name: str, size: int | None) -> int:
     if not stat.S_ISBLK(status.st_mode) and not stat.S_ISREG(status.st_mode):
         raise VfioError("an image is a file or a block device", errno=errno.EINVAL, object=name)
     if size is not None and not found and stat.S_ISREG(status.st_mode):
-        os.ftruncate(fd, size)
+        _lengthen(fd, size, name)
         return size
     if size is not None and size != found:
         raise VfioError(
@@ -144,16 +206,17 @@ def _sized(fd: int, name: str, size: int | None) -> int:
 
 
 def _transfer(call: Callable[[int, list[memoryview], int], int], fd: int, views: Sequence[memoryview], at: int) -> None:
-    pending = list(views)
-    while pending:
-        done = call(fd, pending[:_MOST_VIEWS], at)
+    pending, first = list(views), 0
+    while first < len(pending):
+        done = call(fd, pending[first : first + _MOST_VIEWS], at)
         if not done:
             raise OSError(errno.EIO, "the image is shorter than it was")
         at += done
-        while pending and done >= len(pending[0]):
-            done -= len(pending.pop(0))
+        while first < len(pending) and done >= len(pending[first]):
+            done -= len(pending[first])
+            first += 1
         if done:
-            pending[0] = pending[0][done:]
+            pending[first] = pending[first][done:]
 
 
 @cache
@@ -163,9 +226,11 @@ def _libc() -> Any:
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> bool:
     """Call fallocate(2), which Python does not have with a mode; whether the file system can do it."""
-    if not _libc().fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(size)):
-        return True
-    number = ctypes.get_errno()
+    number = errno.EINTR
+    while number == errno.EINTR:  # a signal of somebody else's
+        if not _libc().fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(size)):
+            return True
+        number = ctypes.get_errno()
     if number in _CANNOT:
         return False
     raise OSError(number, os.strerror(number))

@@ -159,7 +159,9 @@ class Nvme(PciDevice):
 
     def close(self) -> None:
         """Put everything on the disk and close the images. Idempotent; the controller is of no use afterwards."""
-        for namespace in self.namespaces.values():
+        for namespace in list(self.namespaces.values()):
+            if namespace.backing.closed:
+                continue
             try:
                 namespace.sync()
             except (RefusedError, OSError) as error:

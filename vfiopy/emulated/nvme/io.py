@@ -154,7 +154,7 @@ class IoCommands:
             namespace.check_writable()
             with self._slow():
                 for _, count, lba in ranges:
-                    namespace.zero(lba, count, deallocate=True)
+                    namespace.discard(lba, count)
 
     def _flush(self, command: Command) -> None:
         every = command.nsid == ALL_NAMESPACES

@@ -172,5 +172,3 @@ def _bitmap(values: dict[int, int] | dict[LogPage, int]) -> bytes:
     for index, value in pairs:
         words[index] = value
     return words.tobytes()
-
-

@@ -36,15 +36,7 @@ class Namespace:
     """
 
     def __init__(self, backing: Backing, *, block_size: int = 512, uuid: UUID | None = None) -> None:
-        if block_size not in _SIZES:
-            raise ValueError(f"a logical block has 512 or 4096 bytes, not {block_size}")
-        if not backing.size or backing.size % block_size:
-            raise VfioError(
-                f"{backing.size} bytes are not a whole number of blocks of {block_size}",
-                errno=errno.EINVAL,
-                object=backing.name,
-                hint="make the image longer (truncate -s), or choose another block size",
-            )
+        _check_size(backing.size, block_size, backing.name)
         self.backing = backing
         self.block_size = block_size
         self.blocks = backing.size // block_size
@@ -53,6 +45,7 @@ class Namespace:
     @classmethod
     def memory(cls, size: int = 64 << 20, *, block_size: int = 512) -> Namespace:
         """Make one in memory; ``size`` in bytes."""
+        _check_size(size, block_size, "memory")
         return cls._own(Backing.memory(size), block_size)
 
     @classmethod
@@ -65,6 +58,8 @@ class Namespace:
         read_only: bool = False,
     ) -> Namespace:
         """Make one of an image file: see :meth:`Backing.image`, which says what it raises."""
+        if size is not None:  # before a file is made
+            _check_size(size, block_size, os.fspath(path))
         return cls._own(Backing.image(path, size=size, read_only=read_only), block_size)
 
     @classmethod
@@ -113,6 +108,14 @@ class Namespace:
         except OSError as error:
             raise _refusal(error, Code.WRITE_FAULT, lba) from error
 
+    def discard(self, lba: int, count: int) -> None:
+        """Have no need of blocks' content; raises RefusedError with a media error."""
+        self.check_writable()
+        try:
+            self.backing.discard(lba * self.block_size, count * self.block_size)
+        except OSError as error:
+            raise _refusal(error, Code.WRITE_FAULT, lba) from error
+
     def verify(self, lba: int, count: int) -> None:
         """Read blocks and drop them; raises RefusedError with a media error."""
         scratch = memoryview(bytearray(min(count * self.block_size, _CHUNK)))
@@ -135,6 +138,18 @@ class Namespace:
     def close(self) -> None:
         """Close the file. Idempotent."""
         self.backing.close()
+
+
+def _check_size(size: int, block_size: int, name: str) -> None:
+    if block_size not in _SIZES:
+        raise ValueError(f"a logical block has 512 or 4096 bytes, not {block_size}")
+    if size <= 0 or size % block_size:
+        raise VfioError(
+            f"{size} bytes are not a whole number of blocks of {block_size}",
+            errno=errno.EINVAL,
+            object=name,
+            hint="choose another size (truncate -s makes an image longer), or another block size",
+        )
 
 
 def _refusal(error: OSError, code: Code, lba: int) -> RefusedError:
