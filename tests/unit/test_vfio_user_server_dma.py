@@ -9,7 +9,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from vfiopy.errors import DeviceGoneError, NotMappedError, StateError
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.server import Server
 from vfiopy.vfio_user.session import Limits
-from vfiopy.vfio_user.wire import Command, UnmapFlag
+from vfiopy.vfio_user.wire import Command, Flag, UnmapFlag
 
 LIMITS = Limits(unmap_timeout=0.5, request_timeout=2.0)
 BASE = 0x10_0000
@@ -421,5 +422,38 @@ def test_a_client_that_floods_while_unmap_waits(device: Everything, guest: tuple
             client.send(Command.REGION_WRITE, bytes(1 << 20))
         with pytest.raises(DeviceGoneError):
             wait_for(client.channel.flush)
+        leave.set()
+        work.outcome()
+
+
+def _flood_with_nothing(client: RawClient, fd: int) -> None:
+    many = wire.HEADER.pack(9, Command.RESET, 16, int(Flag.NO_REPLY), 0) * 4096
+    client.socket.settimeout(5)
+    for _ in range(20):
+        client.socket.sendall(many)
+
+
+def _flood_with_fds(client: RawClient, fd: int) -> None:
+    before = len(open_fds())
+    for _ in range(60):
+        client.send(Command.SET_IRQS, bytes(20), [fd] * 16)
+        assert len(open_fds()) < before + 400
+
+
+@pytest.mark.parametrize("flood", [_flood_with_nothing, _flood_with_fds])
+def test_a_client_that_floods_with_next_to_nothing(
+    device: Everything, guest: tuple[int, mmap.mmap], flood: Callable[[RawClient, int], None]
+) -> None:
+    """Messages without payload, and fds, which are everybody's in the process, are counted too."""
+    with serving(device, limits=Limits(unmap_timeout=10.0)) as server, raw_client(server) as client:
+        client.write(7, 4, struct.pack("=H", BUS_MASTER | MEMORY))
+        client.map(BASE, PAGE, guest[0])
+        entered, leave = threading.Event(), threading.Event()
+        work = Work(hold, device, entered, leave)
+        assert entered.wait(5)
+        client.send(Command.DMA_UNMAP, wire.DMA_UNMAP.pack(24, 0, BASE, PAGE))
+        with suppress(DeviceGoneError, BrokenPipeError):  # it may be noticed before all is sent
+            flood(client, guest[0])
+        assert client.gone(5)
         leave.set()
         work.outcome()

@@ -32,7 +32,9 @@ _REPLY: Final = int(Flag.REPLY)
 _REFUSAL: Final = int(Flag.REPLY | Flag.ERROR)
 _BATCH: Final = 64  # messages in one go, so that others in the same loop have their turn
 _QUEUED: Final = 8 << 20  # bytes of replies that a client may leave unread before its requests wait
-_BACKLOG: Final = 16 << 20  # bytes of requests that may come while one waits
+_BACKLOG: Final = 16 << 20  # bytes of requests that may come while one waits, and as how many count:
+_MESSAGE_COST: Final = 512  # a message, beside its payload
+_FD_COST: Final = 64 << 10  # an fd, of which a process has few
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ class Limits:
     unmap_timeout: float = 4.0
     request_timeout: float = 5.0
     trust_files: bool = False
+
+
+def _weight(message: Message) -> int:
+    return _MESSAGE_COST + len(message.payload) + _FD_COST * len(message.fds)
 
 
 class _Lock(Protocol):
@@ -225,7 +231,7 @@ class Session:
         if message.is_reply:
             self._take_answer(message)
         elif self._unmap is not None or self._backlog:
-            self._backlog_bytes += len(message.payload)
+            self._backlog_bytes += _weight(message)
             self._backlog.append(message)
             if self._backlog_bytes > _BACKLOG:
                 raise ProtocolError("the client sends more and more while DMA_UNMAP waits", object=self._label)
@@ -235,7 +241,7 @@ class Session:
     def _work_off(self) -> None:
         while self._backlog and self._unmap is None:
             message = self._backlog.popleft()
-            self._backlog_bytes -= len(message.payload)
+            self._backlog_bytes -= _weight(message)
             self._serve(message)
 
     def _take_answer(self, message: Message) -> None:
