@@ -382,6 +382,10 @@ def test_ranges_and_page_sizes() -> None:
         assert report(io, 0x10_0000, 64 * PAGE) == [0, 1, 32, 33]  # in pages of 8 KiB, shown as two each
         card.dma_write(0x10_3000, b"x")
         assert report(io, 0x10_0000, 64 * PAGE, 16384) == [0]
+        card.dma_write(0x10_2000, b"x")
+        assert report(io, 0x10_3000, PAGE) == [0]  # half a page of the log: what the other half has is kept
+        assert report(io, 0x10_2000, 2 * PAGE) == [0, 1]
+        assert report(io, 0x10_2000, 2 * PAGE) == []
         for bad in ((PAGE, 0, PAGE), (0, PAGE, 1000), (0, PAGE, 2048), ((1 << 64) - PAGE, 2 * PAGE, PAGE)):
             with refused(errno.EINVAL):
                 report(io, *bad)

@@ -56,7 +56,7 @@ class DirtyLog:
     def feature(self, number: int, operation: int, data: bytes) -> bytes:
         """Do VFIO_DEVICE_FEATURE_DMA_LOGGING_START, _STOP and _REPORT.
 
-        A report clears what it reports.
+        A report clears what it reports, but for pages of the log that it shows a part of.
 
         Raises:
             NotSupportedError: (ENOTTY) the feature has no such operation.
@@ -111,7 +111,8 @@ class DirtyLog:
         with self._lock:
             first, last = iova // self._page, (iova + size - 1) // self._page
             found = {number for number in self._pages if first <= number <= last}
-            self._pages -= found
+            # A page of the log that reaches beyond the range stays: the rest of it may be asked for later.
+            self._pages -= {n for n in found if iova <= n * self._page and (n + 1) * self._page <= iova + size}
         for number in found:
             low = max(number * self._page, iova)
             high = min((number + 1) * self._page, iova + size) - 1
