@@ -241,3 +241,15 @@ def test_large_ranges_have_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     peer.cut = 1
     with pytest.raises(ProtocolError):
         mapper.unmap(BASE, 1 << 30)
+
+
+def test_a_log_that_fails_when_all_is_done_says_everything(
+    server: Server, client: RawClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The memory is unmapped by then: an error would say that it is not."""
+    client.map(BASE, 5 * PAGE)
+    start_log(client)
+    server.io.feature(STOP, SET, b"")  # somebody else's doing
+    assert pages(client.ask(Command.DMA_UNMAP, question(BASE, 5 * PAGE, length=16))) == [0, 1, 2, 3, 4]
+    assert isinstance(client.map(BASE, 5 * PAGE), bytes)
+    assert "dirty" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -14,6 +15,7 @@ from vfiopy.vfio_user.wire import UnmapFlag
 
 __all__ = ["DirtyQuestion", "ServedLog"]
 
+_LOG = logging.getLogger(__name__)
 _START: Final = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_START
 _STOP: Final = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP
 _REPORT: Final = uapi.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT
@@ -102,7 +104,16 @@ class ServedLog:
         return DirtyQuestion(record.address, record.size, bitmap)
 
     def answer(self, question: DirtyQuestion) -> tuple[bytes, bytes]:
-        """Tell what was written, and forget it: the parts that follow DMA_UNMAP's own in the reply."""
-        asked = wire.DMA_REPORT.pack(question.iova, question.length, question.bitmap.page_size)
-        told = self._io.feature(_REPORT, uapi.VFIO_DEVICE_FEATURE_GET, asked)[wire.DMA_REPORT.size :]
+        """Tell what was written, and forget it: the parts that follow DMA_UNMAP's own in the reply.
+
+        Everything, where the device does not say.
+        """
+        page = question.bitmap.page_size
+        asked = wire.DMA_REPORT.pack(question.iova, question.length, page)
+        try:
+            told = self._io.feature(_REPORT, uapi.VFIO_DEVICE_FEATURE_GET, asked)[wire.DMA_REPORT.size :]
+        except VfioError as error:
+            # The memory is unmapped, so that a refusal would be a lie. That all of it may be dirty is none.
+            _LOG.warning("%s does not tell dirty pages, all are said to be: %s", self._io.name, error)
+            told = ((1 << -(-question.length // page)) - 1).to_bytes(question.bitmap.size, "little")
         return wire.DIRTY_BITMAP.pack(*question.bitmap), told.ljust(question.bitmap.size, b"\0")
