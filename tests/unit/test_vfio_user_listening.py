@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
 import vfiopy
+from vfiopy import emulated
+from vfiopy.emulated import Edu
 from vfiopy.vfio_user.listening import Listener
+from vfiopy.vfio_user.server import Server
 
 
 def test_modes_and_removal(tmp_path: Path) -> None:
@@ -109,3 +113,26 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
         Listener(tmp_path / ("x" * 108))
     with pytest.raises(vfiopy.VfioError, match="folder of the socket cannot be made"):
         Listener(tmp_path / "a" / "b" / "x.sock")
+
+
+def test_a_process_without_room_for_another_file(tmp_path: Path) -> None:
+    """Who connects then is turned away; the server, and who is served by others in this process, go on."""
+    io, mapper = emulated.connect(Edu())
+    with Server(io, mapper, tmp_path / "x.sock") as server, socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(tmp_path / "x.sock"))
+        client.settimeout(5)
+        usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first_free = os.dup(client.fileno())
+        os.close(first_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, usual[1]))
+        try:
+            for _ in range(3):
+                server.step()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+        assert client.recv(1) == b""
+        assert not server.connected
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(os.fspath(tmp_path / "x.sock"))
+            server.step()
+            assert server.connected

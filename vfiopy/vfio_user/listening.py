@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import stat
@@ -16,6 +17,7 @@ from vfiopy.errors import BusyError, PermissionDeniedError, VfioError
 
 __all__ = ["Listener", "peer_user"]
 
+_LOG = logging.getLogger(__name__)
 _LONGEST: Final = 107  # sun_path without its NUL, sys/un.h
 _MODE: Final = 0o600
 
@@ -47,6 +49,7 @@ class Listener:
             os.fchmod(self.socket.fileno(), _MODE)  # what bind() gives the path; a chmod afterwards would be late
             self._listen(path)
             self._identity = _identity(path)
+            self._spare = _spare_fd()
         except FileExistsError as error:
             self.socket.close()
             raise BusyError("another server was faster", object=str(path), hint="choose another path") from error
@@ -71,10 +74,25 @@ class Listener:
                 first.unlink(missing_ok=True)
 
     def accept(self) -> socket.socket | None:
-        """Return the next client's socket, or None where there is none."""
-        with suppress(BlockingIOError, ConnectionAbortedError):
+        """Return the next client's socket, or None where there is none, or no room in this process for its fd."""
+        try:
             return self.socket.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self._turn_away()
         return None
+
+    def _turn_away(self) -> None:
+        """Let the next client see that it is not taken: one that stays would wake the server again and again."""
+        if self._spare >= 0:
+            os.close(self._spare)
+        with suppress(OSError):
+            self.socket.accept()[0].close()
+            _LOG.warning("%s: a client is turned away: no more files can be opened", self.path)
+        self._spare = _spare_fd()
 
     def close(self) -> None:
         """Stop listening. Idempotent."""
@@ -83,6 +101,15 @@ class Listener:
             if _identity(self.path) == self._identity:  # nobody has put another there
                 with suppress(OSError):
                     self.path.unlink()
+            if self._spare >= 0:
+                os.close(self._spare)
+
+
+def _spare_fd() -> int:
+    """Open something to be closed in need; -1 where the need is here."""
+    with suppress(OSError):
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    return -1
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
