@@ -54,7 +54,7 @@ def read_trace(path: str | Path) -> Recorded:
                 else:
                     events.append(from_json(record))
     except OSError as error:
-        raise VfioError("the trace cannot be read", errno=error.errno, object=str(path)) from None
+        raise VfioError("the trace cannot be read", errno=error.errno, object=str(path), call="open") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise VfioError(
             f"line {number} is no line of a trace in format {FORMAT}",
