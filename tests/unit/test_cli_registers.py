@@ -146,6 +146,21 @@ def test_dump_reads_its_range_and_no_more(board: tuple[str, Board], tmp_path: Pa
     ran("dump", target, "bar0", "0x20", "8", "--width", "4", "-o", str(file))
     assert file.read_bytes() == b"\0\0\0\0DCBA"
     assert "nothing reads a whole region" in ran("dump", target, "bar0", "0", status=2)
+    device.taken()
+    nowhere = str(tmp_path / "no folder" / "dump.bin")
+    assert nowhere in ran("dump", target, "bar0", "0x20", "8", "-o", nowhere, status=1)
+    assert device.taken() == []
+
+
+def test_dump_and_watch_know_the_names_that_read_knows() -> None:
+    row = ran("dump", EDU, "config", "0x42", "2", "--width", "2")
+    assert ran("dump", EDU, "config", "msi+2", "2", "--width", "2") == row
+    assert ran("dump", EDU, "config", "MSI.control") == ran("dump", EDU, "config", "msi.control")
+    assert ran("dump", EDU, "config", "msi.control.enable") == ran("dump", EDU, "config", "msi.control")
+    assert "say how many bytes" in ran("dump", EDU, "config", "msi+2", status=2)
+    target = "emulated:nvme"
+    assert ran("dump", target, "config", "PCIe") == ran("dump", target, "config", "express")
+    assert "express.link_status" in ran("watch", target, "config", "pcie", "--times", "1")
 
 
 REFUSED = [
@@ -205,13 +220,21 @@ def test_configuration_space_by_name() -> None:
     assert ran("write", EDU, "config", "interrupt_line", "9", "--read-back").endswith("0x09 reads 0x09\n")
 
 
-def test_all_ones_are_told_with_the_cause(board: tuple[str, Board]) -> None:
+def test_all_ones_are_told_with_the_cause(board: tuple[str, Board], rdl: str, tmp_path: Path) -> None:
     target, device = board
     device.values[0x20] = 0xFFFF_FFFF
     said = ran("read", target, "bar0", "0x20")
     assert "device gone or sleeping? in configuration space it answers" in said
     assert [sample["all_ones"] for sample in sampled(target, "bar0", "0x20", "--count", "2")] == [True, False]
     assert ran("dump", target, "bar0", "0x20", "4").count("all ones") == 1
+    (note,) = json.loads(ran("dump", target, "bar0", "0x20", "4", "--json"))["notes"]
+    assert "in configuration space it answers" in note
+    file = tmp_path / "ones"
+    assert "all ones" in ran("dump", target, "bar0", "0x20", "4", "-o", str(file))
+    assert file.read_bytes() == b"\xff" * 4
+    assert json.loads(ran("dump", target, "bar0", "0x24", "4", "--json"))["notes"] == []
+    device.values[0x10] = 0xFFFF_FFFF
+    assert "all ones" in ran("dump", target, "bar0", "levels", "--map", rdl)
 
 
 def sampled(*words: str) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,9 @@ from vfiopy.cli.place import (
     opened,
 )
 from vfiopy.cli.read import note
-from vfiopy.errors import AccessError, RegisterNameError
-from vfiopy.registers import Array, Register, Registers, config_registers
+from vfiopy.errors import AccessError, RegisterNameError, VfioError
+from vfiopy.registers import Array, Field, Register, Registers, config_registers
+from vfiopy.registers.config_space import config_name, config_offset
 
 __all__ = ["run_dump"]
 
@@ -72,6 +73,9 @@ def run_dump(
 
 def _range(place: Place, registers: Registers | None, offset: str, length: str | None) -> tuple[int, int]:
     start = number(offset)
+    if start is None and place.config is not None:
+        start = config_offset(place.config, offset)
+        offset = config_name(offset)
     if start is None:
         if registers is None:
             raise RegisterNameError(
@@ -80,6 +84,8 @@ def _range(place: Place, registers: Registers | None, offset: str, length: str |
                 hint="give --map FILE.rdl, or an offset such as 0x20",
             )
         found = registers[offset]
+        if isinstance(found, Field):
+            found = found.register
         if length is None:
             if isinstance(found, Array):
                 found_all = [one for one in registers.registers() if one.path.startswith(f"{found.path}[")]
@@ -100,7 +106,7 @@ def _range(place: Place, registers: Registers | None, offset: str, length: str |
 
 def _answer(place: Place, start: int, size: int, **more: Any) -> dict[str, Any]:
     """What ``--json`` shows: values by offset, registers by name, or the file they are in; null for the others."""
-    parts = {"width": None, "values": None, "registers": None, "file": None}
+    parts = {"width": None, "values": None, "registers": None, "file": None, "notes": []}
     return {**place.heading(), "offset": start, "length": size, **parts, **more}
 
 
@@ -121,34 +127,69 @@ def _by_offset(place: Place, start: int, size: int, width: int, output: Path | N
             object=space.name,
             hint=f"take a range of multiples of {width}, or --width {_fitting(start | size, width)}",
         )
+    values = _Values(_values(place, start, size, width), width)
     if output is not None:
-        with output.open("wb") as file:
-            for value in _values(place, start, size, width):
-                file.write(value.to_bytes(width, "little"))
-        if as_json:
-            print_json(_answer(place, start, size, width=width, file=str(output)))
-        else:
+        _into(output, values, width)
+    elif as_json:
+        shown = list(values)
+    else:
+        _print_rows(start, values, width)
+    certain, notes = _silence(place, values.ones)
+    if as_json and output is not None:
+        print_json(_answer(place, start, size, width=width, file=str(output), notes=notes))
+    elif as_json:
+        print_json(_answer(place, start, size, width=width, values=shown, notes=notes))
+    else:
+        if output is not None:
             typer.echo(f"{size} bytes in {output}")
-        return
-    if as_json:
-        print_json(_answer(place, start, size, width=width, values=list(_values(place, start, size, width))))
-        return
+        note(notes)
+    raise typer.Exit(1 if certain else 0)
+
+
+class _Values:
+    """Values as they are read; afterwards, whether all bits of all of them were ones."""
+
+    def __init__(self, values: Iterator[int], width: int) -> None:
+        self._values = values
+        self._full = (1 << 8 * width) - 1
+        self.ones = True
+
+    def __iter__(self) -> Iterator[int]:
+        for value in self._values:
+            self.ones &= value == self._full
+            yield value
+
+
+def _silence(place: Place, ones: bool) -> tuple[bool, list[str]]:
+    """Say whether a device that gave nothing but ones is certainly silent, and why."""
+    if not ones:
+        return False, []
+    certain, why = place.silence()
+    return certain, [f"all ones: device gone or sleeping? {why}"]
+
+
+def _into(output: Path, values: Iterable[int], width: int) -> None:
+    try:
+        with output.open("wb") as file:
+            for value in values:
+                file.write(value.to_bytes(width, "little"))
+    except VfioError:
+        raise
+    except OSError as error:
+        raise VfioError("cannot be written", errno=error.errno, object=str(output), call="write") from None
+
+
+def _print_rows(start: int, values: Iterable[int], width: int) -> None:
     screen = console()
     row: list[int] = []
-    ones = True
     at = start
-    for value in _values(place, start, size, width):
-        ones &= value == (1 << 8 * width) - 1
+    for value in values:
         row.append(value)
         if len(row) == _ROW // width:
             screen.print(_row(at, row, width))
             at, row = at + _ROW, []
     if row:
         screen.print(_row(at, row, width))
-    if ones:
-        certain, why = place.silence()
-        note([f"all ones: device gone or sleeping? {why}"])
-        raise typer.Exit(1 if certain else 0)
 
 
 def _fitting(bits: int, width: int) -> int:
@@ -186,11 +227,15 @@ def _by_name(place: Place, registers: Registers, start: int, size: int, as_json:
         raise AccessError(
             f"the map has no register that lies in {start:#x} to {start + size - 1:#x}", object=place.space.name
         )
+    read = [item.is_all_ones(value) for item, value, _ in rows if value is not None]
+    certain, notes = _silence(place, bool(read) and all(read))
     if as_json:
         described = [{**_described(item, value), "left_out": left_out or None} for item, value, left_out in rows]
-        print_json(_answer(place, start, size, registers=described))
-        return
-    console().print(_table(rows))
+        print_json(_answer(place, start, size, registers=described, notes=notes))
+    else:
+        console().print(_table(rows))
+        note(notes)
+    raise typer.Exit(1 if certain else 0)
 
 
 def _described(item: Item, value: int | None) -> dict[str, Any]:

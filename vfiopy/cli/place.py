@@ -19,7 +19,7 @@ from vfiopy.device.config_space import COMMAND_MEMORY
 from vfiopy.errors import AccessError, DeviceGoneError, RegisterNameError, VfioError
 from vfiopy.pci.capabilities import PowerManagement
 from vfiopy.registers import Array, Field, Register, Registers, RegisterSpace, access_of, config_registers, load
-from vfiopy.registers.config_space import config_offset, config_register
+from vfiopy.registers.config_space import config_name, config_offset, config_register
 from vfiopy.registers.spec import FieldSpec
 
 __all__ = [
@@ -175,7 +175,7 @@ class Place:
         if self.registers is not None and number(text) is None:
             found = self.registers[text]
         elif self.config is not None and "." not in text and "+" not in text and number(text) is None:
-            found = config_registers(self.config)[text.lower()]
+            found = config_registers(self.config)[config_name(text)]
         if not isinstance(found, Registers | Array):
             return [self.locate(text, width)], []
         top = self.registers or config_registers(self.device.config)

@@ -15,7 +15,7 @@ from vfiopy.registers.bound import Register, Registers
 from vfiopy.registers.config_tables import BRIDGE, CAPABILITIES, EXTENDED, FUNCTION, Row
 from vfiopy.registers.spec import FieldSpec, GroupSpec, MemberSpec, RegisterSpec
 
-__all__ = ["config_offset", "config_register", "config_registers", "hazard"]
+__all__ = ["config_name", "config_offset", "config_register", "config_registers", "hazard"]
 
 _ALIASES: Final = {"pcie": "express", "exp": "express", "power": "pm", "ids": "subsystem"}
 _PLACE: Final = re.compile(r"(?P<name>[a-z]\w*)\+(?P<more>0x[0-9a-f]+|\d+)")
@@ -87,14 +87,19 @@ def config_registers(config: ConfigSpace) -> Registers:
     return Registers(access_of(config), GroupSpec("config", 0, config.size, members))
 
 
+def config_name(path: str) -> str:
+    """Return a name as the map has it: in lower case, and capabilities by one word (``"PCIe"`` is ``"express"``)."""
+    head, dot, rest = path.lower().partition(".")
+    return f"{_ALIASES.get(head, head)}{dot}{rest}"
+
+
 def config_register(config: ConfigSpace, path: str) -> Register:
     """Find one register by name: ``"command"``, ``"msix.control"``. Reads lists of capabilities only where it has to.
 
     Raises:
         RegisterNameError: there is none of this name, or the device does not have the capability.
     """
-    head, dot, rest = path.lower().partition(".")
-    name = f"{_ALIASES.get(head, head)}{dot}{rest}"
+    name = config_name(path)
     header = _specs(FUNCTION)
     if name in header and name in _specs(BRIDGE):  # the same in both layouts
         found = Registers(access_of(config), GroupSpec("config", 0, config.size, header))[name]
