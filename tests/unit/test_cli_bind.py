@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import json
 import os
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 from vfiopy import pci
 from vfiopy.cli.app import app
 from vfiopy.errors import BusyError, DeviceInUseError, NotBoundError, PermissionDeniedError
-from vfiopy.pci import Function, forget, persist, persisted, unbind
+from vfiopy.pci import Function, PciAddress, forget, persist, persisted, unbind
 from vfiopy.pci.records import Records, State
 
 runner = CliRunner()
@@ -207,6 +208,43 @@ def test_nodes_of_a_function_that_was_bound_before_come_back(kernel: FakeKernel)
     assert mode(node) == 0o660
     assert pci.restore(system=kernel) != []
     assert (mode(node), driver(kernel, NVME)) == (0o640, "vfio-pci")
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("number", [1, errno.EINVAL])  # not root; a uid that this user namespace does not have
+def test_giving_away_is_all_or_nothing(
+    kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, number: int, known: bool
+) -> None:
+    """The device was bound before, so that leaving the with block undoes nothing."""
+    if known:
+        pci.bind(NVME, system=kernel).keep()
+    else:
+        kernel.write(kernel.driver("nvme") / "unbind", NVME)
+        kernel._attach(NVME, "vfio-pci")
+    first, second = kernel.dev / "vfio/5", kernel.dev / "vfio/devices/vfio5"
+    first.chmod(0o640)
+    before = Records(None, kernel).read(PciAddress.parse(NVME)) if known else None
+
+    def chown(path: Path, uid: int, gid: int) -> None:
+        if path == second:
+            raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "chown", chown)
+    result = say(kernel, "bind", NVME, "--user", ME)
+    assert result.exit_code == 1
+    assert f"{second} cannot be given away: {os.strerror(number)}" in result.output
+    assert mode(first) == 0o640
+    assert Records(None, kernel).read(PciAddress.parse(NVME)) == before
+
+
+def test_nodes_of_a_crash_come_back_when_binding_again_fails(kernel: FakeKernel) -> None:
+    answer(kernel, "bind", NVME, "--user", ME)
+    shared = kernel.dev / "iommu"
+    shared.chmod(0o606)
+    kernel.write(kernel.driver("vfio-pci") / "unbind", NVME)  # as a crash leaves it: without a driver
+    kernel.probe_errors["vfio-pci", NVME] = errno.EINVAL
+    assert "everything was put back" in say(kernel, "bind", NVME).output
+    assert (mode(shared), records(kernel), driver(kernel, NVME)) == (0o600, [], "nvme")
 
 
 def test_leaving_the_with_block_takes_nodes_back_too(kernel: FakeKernel) -> None:

@@ -105,6 +105,9 @@ class Binding:
                 if function.exists:
                     settle(function, before)
                 if own:
+                    record = self._records.read(function.address)
+                    if record is not None:  # it has the nodes of a binding that was cut short
+                        take_back(record, self._records)
                     self._records.remove(function.address)
             except VfioError as second:
                 failed.append(f"{function}: {second.meaning}")

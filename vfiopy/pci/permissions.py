@@ -9,10 +9,11 @@ import re
 import resource
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vfiopy.errors import BindingError, NotBoundError, PermissionDeniedError
+from vfiopy.errors import BindingError, NotBoundError, PermissionDeniedError, VfioError
 from vfiopy.pci.address import PciAddress
 from vfiopy.pci.discovery import function as find_function
 from vfiopy.pci.function import Function
@@ -22,6 +23,7 @@ from vfiopy.pci.system import System
 __all__ = ["MemlockLimit", "check_rule_names", "grant", "memlock_limit", "take_back", "udev_rule"]
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
+_LET_UDEV = "run as root, or let udev do it: udev_rule() writes the rule"
 
 
 def grant(
@@ -53,6 +55,7 @@ def grant(
     Raises:
         NotBoundError: the function has no VFIO node.
         PermissionDeniedError: not the owner of the nodes.
+        BindingError: a node cannot be changed. It, and those before it, are as they were.
         LookupError: no such user or group.
         ValueError: neither user nor group.
     """
@@ -72,23 +75,48 @@ def grant(
     also = [shared] if function.cdev_node in nodes and shared.exists() else []
     records = Records(None if state_dir is None else Path(state_dir), function.system)
     changed = []
-    try:
-        with records.lock():
-            _write_down(function, [*nodes, *also], records)
-            for node in nodes:
-                os.chown(node, uid, gid)
-                node.chmod(0o600 if gid < 0 else 0o660)
-                changed.append(node)
-            changed += [node for node in also if _open_up(node, uid, gid)]
-    except PermissionError as error:
-        raise PermissionDeniedError(
-            f"{error.filename} cannot be given away: {error.strerror}",
-            errno=error.errno,
-            object=str(function),
-            call="chown",
-            hint="run as root, or let udev do it: udev_rule() writes the rule",
-        ) from error
+    with records.lock(), _all_or_none(function, [*nodes, *also], records):
+        _write_down(function, [*nodes, *also], records)
+        for node in nodes:
+            os.chown(node, uid, gid)
+            node.chmod(0o600 if gid < 0 else 0o660)
+            changed.append(node)
+        changed += [node for node in also if _open_up(node, uid, gid)]
     return tuple(changed)
+
+
+@contextmanager
+def _all_or_none(function: Function, nodes: list[Path], records: Records) -> Iterator[None]:
+    """Leave nodes and record as they were where giving them away fails, or is interrupted."""
+    record = records.read(function.address)
+    states = [(node, node.stat()) for node in nodes]
+    try:
+        yield
+    except BaseException as error:
+        for node, was in states:
+            with suppress(OSError):
+                now = node.stat()
+                if (now.st_uid, now.st_gid, now.st_mode) != (was.st_uid, was.st_gid, was.st_mode):
+                    os.chown(node, was.st_uid, was.st_gid)
+                    node.chmod(stat.S_IMODE(was.st_mode))
+        if record is None:
+            records.remove(function.address)
+        else:
+            records.write(record)
+        if isinstance(error, OSError) and not isinstance(error, VfioError):
+            raise _refused(error, function.address, "given away", _LET_UDEV) from error
+        raise
+
+
+def _refused(error: OSError, address: PciAddress, what: str, hint: str) -> BindingError | PermissionDeniedError:
+    kind = PermissionDeniedError if isinstance(error, PermissionError) else BindingError
+    return kind(
+        f"{error.filename} cannot be {what}: {error.strerror}",
+        errno=error.errno,
+        object=str(address),
+        call="chown",
+        hint=hint,
+    )
 
 
 def _write_down(function: Function, nodes: list[Path], records: Records) -> None:
@@ -124,6 +152,7 @@ def take_back(record: Record, records: Records) -> None:
 
     Raises:
         PermissionDeniedError: not the owner of the nodes.
+        BindingError: a node cannot be changed.
     """
     others = {node.path for other in _all(records) if other.address != record.address for node in other.nodes}
     for node in record.nodes:
@@ -136,14 +165,8 @@ def take_back(record: Record, records: Records) -> None:
                 os.chmod(node.path, node.mode)  # noqa: PTH101
         except FileNotFoundError:
             continue
-        except PermissionError as error:
-            raise PermissionDeniedError(
-                f"{node.path} cannot be taken back: {error.strerror}",
-                errno=error.errno,
-                object=str(record.address),
-                call="chown",
-                hint="run as root",
-            ) from error
+        except OSError as error:
+            raise _refused(error, record.address, "taken back", "run as root") from error
 
 
 def _open_up(node: Path, uid: int, gid: int) -> bool:
@@ -189,10 +212,8 @@ def udev_rule(
     whom = " and ".join([*([user] if user else []), *([f"the group {group}"] if group else [])])
     # By chown, not by OWNER= and GROUP=: systemd 258 and 259 leave out a rule that names a user or group of people.
     change = f"chown {user}{f':{group}' if group else ''}" if user else f"chgrp {group}"
-    rights = f"MODE=\"{mode:04o}\", RUN+=\"/bin/sh -c '{change} $devnode'\""
-    shared = (
-        'MODE="0666"' if group is None else f"MODE=\"{mode:04o}\", RUN+=\"/bin/sh -c 'chgrp {group} $devnode'\""
-    )
+    rights = f'MODE="{mode:04o}", RUN+="/bin/sh -c \'{change} $devnode\'"'
+    shared = 'MODE="0666"' if group is None else f'MODE="{mode:04o}", RUN+="/bin/sh -c \'chgrp {group} $devnode\'"'
     # The group node has no parent device, so it is found from the function's "bind" event: its number may
     # change from boot to boot, the function's address does not.
     command = (
