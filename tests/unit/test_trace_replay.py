@@ -324,7 +324,7 @@ def test_what_is_no_trace(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(VfioError, match="the trace cannot be read .ENOENT: No such file"):
+    with pytest.raises(VfioError, match=r"the trace cannot be read .ENOENT: No such file"):
         read_trace(tmp_path / "none")
     answer = runner.invoke(app, ["replay", "x", "emulated:edu", "--ignore", "bar7"])
     assert answer.exit_code == 2
