@@ -106,7 +106,7 @@ def _range(place: Place, registers: Registers | None, offset: str, length: str |
 
 def _answer(place: Place, start: int, size: int, **more: Any) -> dict[str, Any]:
     """What ``--json`` shows: values by offset, registers by name, or the file they are in; null for the others."""
-    parts = {"width": None, "values": None, "registers": None, "file": None, "notes": []}
+    parts: dict[str, Any] = {"width": None, "values": None, "registers": None, "file": None, "notes": []}
     return {**place.heading(), "offset": start, "length": size, **parts, **more}
 
 
