@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from emulated_support import wait_for
 from nvme_support import noise
 from typer.testing import CliRunner
 
 import vfiopy
 from vfiopy.cli.app import app
 from vfiopy.drivers import nvme
+from vfiopy.emulated.nvme import Namespace
 
 runner = CliRunner()
 TREE = Path(__file__).parents[2]
@@ -53,6 +57,31 @@ def test_images_are_served(tmp_path: Path) -> None:
         assert file.read(128 << 10) == bytes(noise(128 << 10))
 
 
+def test_a_second_sigterm_does_not_end_what_the_first_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for real, in this process: the signal comes while an image is put on the disk."""
+    path, images, synced = tmp_path / "nvme.sock", [tmp_path / f"{number}.img" for number in range(40)], []
+    sync = Namespace.sync
+
+    def again(namespace: Namespace) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sync(namespace)
+        synced.append(namespace.backing.name)
+
+    def stop() -> None:
+        wait_for(path.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Namespace, "sync", again)
+    words = [word for image in images for word in ("--image", os.fspath(image))]
+    other = threading.Thread(target=stop)
+    other.start()
+    answer = runner.invoke(app, ["serve", "nvme", "--socket", os.fspath(path), "--size", "1M", *words])
+    other.join()
+    assert answer.exit_code == 0, answer.output
+    assert synced == [os.fspath(image) for image in images]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize(
     ("words", "message", "code"),
     [
@@ -63,6 +92,8 @@ def test_images_are_served(tmp_path: Path) -> None:
         (["nvme", "--block-size", "520"], "512 or 4096", 2),
         (["edu", "--image", "disk.img"], "are for nvme", 2),
         (["edu", "--read-only"], "are for nvme", 2),
+        (["edu", "--block-size", "4096"], "are for nvme", 2),
+        (["nvme", "--read-only"], "give --image", 2),
     ],
 )
 def test_what_cannot_be_served(words: list[str], message: str, code: int, tmp_path: Path) -> None:

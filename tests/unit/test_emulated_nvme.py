@@ -423,7 +423,8 @@ def test_an_image_that_became_shorter(tmp_path: Path) -> None:
     "options",
     [
         {"serial": "x" * 21}, {"serial": "ü"}, {"queues": 0}, {"entries": 1}, {"mdts": 16}, {"stride": 9},
-        {"memory_buffer": 5000}, {"messages": "both"}, {"event_requests": 0}, {"interrupt_pin": 5},
+        {"memory_buffer": 5000}, {"memory_buffer": 1 << 32}, {"most_namespaces": 0},
+        {"messages": "both"}, {"event_requests": 0}, {"interrupt_pin": 5},
     ],
 )  # fmt: skip
 def test_settings_out_of_range(options: dict[str, object]) -> None:

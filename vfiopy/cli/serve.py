@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ __all__ = ["run_serve"]
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _NVME = "emulated:nvme"
+_MOST_IMAGES = 1024
 
 
 def _bytes(text: str) -> int:
@@ -58,12 +60,16 @@ def run_serve(
 ) -> None:
     """Offer a device on a vfio-user socket, for QEMU or vfiopy, until Ctrl-C or SIGTERM."""
     name = target if ":" in target else f"emulated:{target}"
-    if name != _NVME and (image or size is not None or read_only):
-        raise typer.BadParameter(f"--image, --size and --read-only are for nvme, not for {name}")
+    if name != _NVME and (image or size is not None or read_only or block_size != 512):
+        raise typer.BadParameter(f"--image, --size, --block-size and --read-only are for nvme, not for {name}")
+    if read_only and not image:
+        raise typer.BadParameter("--read-only is about images; give --image")
+    if len(image or []) > _MOST_IMAGES:
+        raise typer.BadParameter(f"a controller has at most {_MOST_IMAGES} namespaces, not {len(image or [])}")
     if block_size not in (512, 4096):
         raise typer.BadParameter(f"a logical block has 512 or 4096 bytes, not {block_size}")
-    # Whatever ends us, what was written goes to the disk first.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # What was written goes to the disk first, and a second SIGTERM does not end that.
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         with (
             refusals_told(),
@@ -75,6 +81,11 @@ def run_serve(
                 server.run()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def _tell(name: str, socket: Path, qemu_option: str, as_json: bool) -> None:
@@ -107,7 +118,7 @@ def _device(
             namespaces.append(Namespace.image(path, size=size, block_size=block_size, read_only=read_only))
         if not images:
             namespaces.append(Namespace.memory(64 << 20 if size is None else size, block_size=block_size))
-        device = Nvme(namespaces, serial=_serial(images))
+        device = Nvme(namespaces, serial=_serial(images), most_namespaces=max(32, len(namespaces)))
     except BaseException:
         for namespace in namespaces:
             namespace.close()

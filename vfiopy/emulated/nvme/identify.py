@@ -113,7 +113,7 @@ class Identify:
             "tnvmcap": capacity.to_bytes(16, "little"),
             "sqes": 0x66,
             "cqes": 0x44,
-            "nn": settings.namespaces,
+            "nn": settings.most_namespaces,
             "oncs": _ONCS,
             "vwc": _VWC,
             "sgls": self._sgls,
@@ -142,7 +142,7 @@ class Identify:
 
     def _find(self, command: Command) -> Namespace | None:
         """The namespace that is asked for; None where it is not active."""
-        if not 1 <= command.nsid <= self._settings.namespaces:
+        if not 1 <= command.nsid <= self._settings.most_namespaces:
             raise RefusedError(Code.INVALID_NAMESPACE, _NSID)
         return self._namespaces.get(command.nsid)
 

@@ -175,8 +175,8 @@ def numbered(
     else:
         found = dict(enumerate(namespaces, 1))
     for nsid, namespace in found.items():
-        if not 1 <= nsid <= settings.namespaces:
-            raise ValueError(f"namespaces have identifiers 1 to {settings.namespaces}, not {nsid}")
+        if not 1 <= nsid <= settings.most_namespaces:
+            raise ValueError(f"namespaces have identifiers 1 to {settings.most_namespaces}, not {nsid}")
         if namespace.uuid is None:
             namespace.uuid = settings.namespace_uuid(nsid)
     return found

@@ -21,9 +21,9 @@ class Settings:
         interrupt_pin: 1 to 4 for INTA to INTD, 0 for no INTx.
         mdts: a command moves at most ``4096 << mdts`` bytes; 0 for no limit.
         stride: CAP.DSTRD: doorbells are ``4 << stride`` bytes apart.
-        memory_buffer: bytes of the controller memory buffer, a power of two of at least 4096; 0 for none.
+        memory_buffer: bytes of the controller memory buffer, a power of two, 4 KiB to 2 GiB; 0 for none.
         event_requests: asynchronous event requests that it keeps open, 1 to 16.
-        namespaces: the highest namespace identifier (NN).
+        most_namespaces: the highest namespace identifier (NN), 1 to 1024.
         ready_seconds: what CAP.TO promises: enabling and disabling take no longer.
     """
 
@@ -38,7 +38,7 @@ class Settings:
     stride: int = 0
     memory_buffer: int = 0
     event_requests: int = 4
-    namespaces: int = 32
+    most_namespaces: int = 32
     ready_seconds: float = 10.0
 
     def __post_init__(self) -> None:
@@ -48,6 +48,7 @@ class Settings:
             ("interrupt_pin", self.interrupt_pin, 0, 4),
             ("mdts", self.mdts, 0, 15),
             ("stride", self.stride, 0, 8),
+            ("most_namespaces", self.most_namespaces, 1, 1024),
             ("event_requests", self.event_requests, 1, 16),
             ("ready_seconds", self.ready_seconds, 0.5, 127.5),
         ):
@@ -61,8 +62,8 @@ class Settings:
             if not text.isascii() or not text.isprintable() or not 1 <= len(text) <= length:
                 raise ValueError(f"{name} is 1 to {length} printable ASCII characters, not {text!r}")
         buffer = self.memory_buffer
-        if buffer and (buffer < 4096 or buffer & (buffer - 1)):
-            raise ValueError(f"memory_buffer is a power of two of at least 4096, not {buffer}")
+        if buffer and (not 4096 <= buffer <= 1 << 31 or buffer & (buffer - 1)):
+            raise ValueError(f"memory_buffer is a power of two from 4 KiB to 2 GiB, not {buffer}")
         if self.messages not in ("msix", "msi", None):
             raise ValueError(f"messages is 'msix', 'msi' or None, not {self.messages!r}")
 
