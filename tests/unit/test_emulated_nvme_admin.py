@@ -268,6 +268,14 @@ def test_warnings_of_health(way: str) -> None:
         assert admin.smart_log()["critical_warning"] == 6
 
 
+@pytest.mark.parametrize("what", [{"temperature": -1}, {"temperature": 1 << 16}, {"spare": 101}, {"used": 256}])
+def test_health_that_the_log_cannot_say(what: dict[str, int]) -> None:
+    with driven() as (disk, controller):
+        with pytest.raises(ValueError, match=next(iter(what))):
+            disk.set_health(**what)  # type: ignore[arg-type]
+        assert controller.admin.smart_log()["critical_warning"] == 0
+
+
 @both_ways
 def test_namespaces_that_come_and_go(way: str) -> None:
     with driven(None, way) as (disk, controller):
@@ -290,6 +298,9 @@ def test_namespaces_that_come_and_go(way: str) -> None:
         old.close()
         with pytest.raises(ValueError, match="identifiers 1 to 32"):
             disk.set_namespace(40, Namespace.memory(4096))
+        with pytest.raises(ValueError, match="no namespace 1 to take away"):
+            disk.set_namespace(1, None)
+        assert not any(admin.log_page(LogPage.CHANGED_NAMESPACES, 4096)[4:]), "1 was told, and nothing else"
 
 
 # --- abort -------------------------------------------------------------------------------------------------------

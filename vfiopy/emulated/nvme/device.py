@@ -184,6 +184,9 @@ class Nvme(PciDevice):
             temperature: composite, kelvin.
             spare, used: percent; below 10 spare is a warning.
             reliability_degraded: bit 2 of the critical warning.
+
+        Raises:
+            ValueError: what the log has no room for.
         """
         with self.lock:
             self._health.change(temperature, spare, used, reliability_degraded)
@@ -192,13 +195,13 @@ class Nvme(PciDevice):
         """Add or replace a namespace, or take it away with None: the old one is the caller's to close.
 
         Raises:
-            ValueError: no identifier of this controller's.
+            ValueError: no identifier of this controller's, or nothing there to take away.
         """
         with self.lock:
-            if namespace is None:
-                self.namespaces.pop(nsid, None)
-            else:
+            if namespace is not None:
                 self.namespaces.update(numbered({nsid: namespace}, self.settings))
+            elif self.namespaces.pop(nsid, None) is None:
+                raise ValueError(f"there is no namespace {nsid} to take away")
             if nsid not in self.logs.changed:
                 self.logs.changed.append(nsid)
             if self.features.event_mask & _NAMESPACE_NOTICES:

@@ -32,6 +32,9 @@ class Health:
         self, temperature: int | None, spare: int | None, used: int | None, reliability_degraded: bool | None
     ) -> None:
         """Set what is not None: see :meth:`Nvme.set_health`."""
+        for name, value, most in (("temperature", temperature, 0xFFFF), ("spare", spare, 100), ("used", used, 255)):
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"{name} is 0 to {most}, not {value}")
         logs = self._logs
         logs.temperature = logs.temperature if temperature is None else temperature
         logs.spare = logs.spare if spare is None else spare

@@ -133,7 +133,6 @@ class Logs:
         return bytes((1,)).ljust(8, b"\0") + self._firmware.encode().ljust(8).ljust(504, b"\0")
 
     def _changed_list(self) -> bytes:
-        """Empties the list: who asks, knows (Base 2.0, 5.16.1.5)."""
         if len(self.changed) > _MOST_CHANGED:
             return b"\xff" * 4 + bytes(4092)
         return np.array(sorted(self.changed), "<u4").tobytes().ljust(4096, b"\0")
