@@ -97,6 +97,16 @@ def test_a_whole_group_and_several(kernel: FakeKernel) -> None:
     assert len(answer(kernel, "bind", NIC, SECOND)["functions"]) == 2
 
 
+def test_what_a_variant_driver_has_stays_with_it(kernel: FakeKernel) -> None:
+    kernel.add_driver("igb_vfio_pci")
+    answer(kernel, "bind", "--force", "--driver", "igb_vfio_pci", SECOND)
+    assert [each["driver"] for each in answer(kernel, "bind", "--group", NIC)["functions"]] == [
+        "vfio-pci",
+        "igb_vfio_pci",
+    ]
+    assert answer(kernel, "bind", NIC, SECOND)["functions"][1]["driver"] == "vfio-pci"  # said by name
+
+
 def test_what_somebody_else_bound_gets_the_driver_that_the_kernel_chooses(kernel: FakeKernel) -> None:
     kernel.write(kernel.pci_devices / NVME / "driver_override", "vfio-pci")
     kernel.write(kernel.driver("nvme") / "unbind", NVME)

@@ -138,7 +138,9 @@ def test_an_override_left_behind_on_a_bound_device(kernel: FakeKernel) -> None:
     vfiopy.bind(NVME, system=kernel).keep()
     restore_point = Function(NVME, kernel)
     kernel.write(kernel.pci_devices / NVME / "driver_override", "nvme")
-    assert mend(kernel, NVME) == [("clear driver_override (nvme)", "done")]
+    ((one,), _) = fix([Function(NVME, kernel)], system=kernel)
+    assert (one.action, one.outcome) == ("clear driver_override (nvme)", "done")
+    assert one.undo == f"echo nvme > {kernel.pci_devices / NVME}/driver_override"  # restore would unbind it
     assert (restore_point.driver, restore_point.driver_override) == ("vfio-pci", None)
 
 

@@ -70,7 +70,8 @@ def _denylist(one: Function) -> Iterator[Problem]:
             Severity.BLOCKS,
             "vfio-pci refuses it by default: known not to be safe in a user's hands",
             f"{one.vendor:04x}:{one.device:04x} is on the driver's denylist",
-            "where its user is trusted: modprobe vfio-pci disable_denylist=1",
+            "where its user is trusted: 'options vfio-pci disable_denylist=1' in /etc/modprobe.d/vfio.conf, and load "
+            "the module again (modprobe -r vfio-pci; modprobe vfio-pci)",
         )
 
 

@@ -122,7 +122,9 @@ def _steps(finding: Finding, one: Function | None, system: System, state_dir: Pa
         override = one.driver_override
         if is_vfio_driver(override) and one.driver is None:
             return  # vfio-pci refused it, or is not loaded: another finding says why
-        made = Fix(finding.check, finding.object, f"clear driver_override ({override})", f"vfiopy restore {one}")
+        # Not "vfiopy restore": with a record of vfiopy's that goes further back.
+        undo = f"echo {override} > {one.sysfs}/driver_override"
+        made = Fix(finding.check, finding.object, f"clear driver_override ({override})", undo)
         yield _Step(made, lambda: pci.clear_override(one, state_dir=state_dir, system=system))
     elif finding.check in ("not bound", "group not viable") and one.iommu_group is not None:
         others = [other for other in one.group_blockers() if other != one]

@@ -112,7 +112,8 @@ _VFIO: Final = (
         r"exists in vfio-pci device (denylist|blacklist)",
         _LIMITS,
         "vfio-pci refuses it by default: known not to be safe in a user's hands",
-        "where its user is trusted: modprobe vfio-pci disable_denylist=1",
+        "where its user is trusted: 'options vfio-pci disable_denylist=1' in /etc/modprobe.d/vfio.conf, and load the "
+        "module again (modprobe -r vfio-pci; modprobe vfio-pci)",
     ),
     _pattern(
         "probe failed",
@@ -154,7 +155,8 @@ _PCI: Final = (
         r"(can't|unable to|refused to|cannot) change power state",
         _LIMITS,
         "the device does not come back from its sleep: its registers and configuration space read as ones",
-        "modprobe vfio-pci disable_idle_d3=1, or echo on > .../power/control before binding; a device that is gone "
+        "'options vfio-pci disable_idle_d3=1' in /etc/modprobe.d/vfio.conf, and load the module again; or echo on > "
+        ".../power/control before binding; a device that is gone "
         "already needs a power cycle, or 1 in .../remove and in /sys/bus/pci/rescan",
     ),
     _pattern(

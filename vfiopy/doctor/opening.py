@@ -145,7 +145,8 @@ def _power(one: Function) -> Iterator[Problem]:
         f"it sleeps ({state})"
         + ("; opening wakes it, and vfio-pci puts it back when nobody has it open" if one.is_vfio else ""),
         f"{one.sysfs}/power_state is {state}",
-        f"if it does not wake well: modprobe vfio-pci disable_idle_d3=1, or echo on > {one.sysfs}/power/control",
+        f"if it does not wake well: echo on > {one.sysfs}/power/control; or 'options vfio-pci disable_idle_d3=1' in "
+        "/etc/modprobe.d/vfio.conf, and load the module again",
     )
 
 

@@ -172,7 +172,7 @@ def bind(
     Args:
         target: an address or function, or several.
         driver: the driver; ``"vfio-pci"`` or one of its variants makes the functions usable from here.
-        whole_group: bind the rest of the IOMMU group too, bridges left out.
+        whole_group: bind the rest of the IOMMU group too, without bridges and what another VFIO driver has.
         force: go on although the running system uses a function, or the group would not be viable.
         timeout: how long to wait for the VFIO node to appear, in seconds.
         state_dir: folder of records; None takes ``$VFIOPY_STATE_DIR``, else /run/vfiopy for root, else
@@ -190,12 +190,15 @@ def bind(
     system = System() if system is None else system
     several = [target] if isinstance(target, PciAddress | str | Function) else list(target)
     wanted = [one if isinstance(one, Function) else find_function(one, system=system) for one in several]
+    named = set(wanted)
     if whole_group:
         wanted = [one for first in wanted for one in first.group_members() if one == first or not one.is_bridge]
     functions = tuple(dict.fromkeys(wanted))
     records = Records(None if state_dir is None else Path(state_dir), system)
     binding = Binding(driver, functions, records)
-    todo = [one for one in functions if one.driver != driver]
+    # A member that another VFIO driver has is viable; it may be in use there, and that driver can do more for it.
+    fine = {one for one in functions if one not in named and one.is_vfio and is_vfio_driver(driver)}
+    todo = [one for one in functions if one.driver != driver and one not in fine]
     _check_driver(driver, functions, system)
     for one in todo:
         _check_function(one, driver, force)
