@@ -21,7 +21,7 @@ from vfiopy import vfio_user
 from vfiopy.backend import FileMemory, Prot
 from vfiopy.emulated import Edu
 from vfiopy.vfio_user import turns, wire
-from vfiopy.vfio_user.channel import Channel, Message
+from vfiopy.vfio_user.channel import Channel, Message, close_fds
 from vfiopy.vfio_user.mapper import _Entry
 from vfiopy.vfio_user.version import Capabilities, encode_version
 from vfiopy.vfio_user.wire import Command, Flag
@@ -170,3 +170,53 @@ def test_a_server_that_asks_and_never_listens(monkeypatch: pytest.MonkeyPatch) -
         io.close()
         mapper.close()
     del memory
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("maps", [65535, 16])
+def test_a_mapping_that_nobody_waits_for_is_taken_back(interrupted: bool, maps: int) -> None:
+    """The server may have done it, or does it yet; its IOVA, and its memory, are for others."""
+    seen: list[Message] = []
+
+    def script(channel: Channel, message: Message) -> None:
+        if message.command == Command.VERSION:
+            reply(channel, message, encode_version(0, Capabilities(max_msg_fds=16, max_dma_maps=maps)))
+        elif not plain(channel, message):
+            close_fds(message.fds)
+            seen.append(message)
+
+    io, mapper = FakeServer(script).connect(timeout=5.0 if interrupted else 0.3)
+    memory = mapper.allocate(PAGE)
+    assert memory is not None
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        if interrupted:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt if interrupted else vfiopy.VfioTimeoutError):
+            mapper.map(32 << 20, memory, Prot.RW)
+        wait_for(lambda: len(seen) == 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        io.close()
+        mapper.close()
+    asked, taken_back = wire.DMA_MAP.unpack(seen[0].payload), wire.DMA_UNMAP.unpack(seen[1].payload)
+    assert [message.command for message in seen] == [Command.DMA_MAP, Command.DMA_UNMAP]
+    assert not seen[1].wants_reply
+    assert (taken_back.address, taken_back.size) == (asked.address, asked.size)
+    del memory
+
+
+def test_a_server_that_transfers_next_to_nothing() -> None:
+    """A page of dirty bits has 8 bytes, whatever its pages are: there is no end to making them larger."""
+
+    def script(channel: Channel, message: Message) -> None:
+        offer = encode_version(0, Capabilities(max_msg_fds=16, max_data_xfer_size=7))
+        reply(channel, message, offer)
+
+    with pytest.raises(vfiopy.ProtocolError, match="max_data_xfer_size"):
+        FakeServer(script).connect()

@@ -6,11 +6,19 @@ import errno
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final, NamedTuple
 
 from vfiopy.backend import FileMemory, IovaRange, KernelTarget, MapperTraits, Memory, MemoryKind, Prot
-from vfiopy.errors import DeviceGoneError, NoSpaceError, OverlapError, ProtocolError, VfioError
+from vfiopy.errors import (
+    DeviceGoneError,
+    NoSpaceError,
+    OverlapError,
+    ProtocolError,
+    VfioError,
+    VfiopyError,
+    VfioTimeoutError,
+)
 from vfiopy.memory_view import view_of
 from vfiopy.vfio_user import wire
 from vfiopy.vfio_user.arena import Arenas, ArenaSlice
@@ -188,7 +196,16 @@ class VfioUserMapper:
         offset = memory.offset if isinstance(memory, FileMemory) and fds else 0
         payload = wire.DMA_MAP.pack(wire.DMA_MAP.size, int(flags), offset, entry.iova, entry.size)
         detail = f"iova {entry.iova:#x}, size {entry.size:#x}"
-        self._peer().request(Command.DMA_MAP, payload, fds=fds, detail=detail)
+        connection = self._peer()
+        try:
+            connection.request(Command.DMA_MAP, payload, fds=fds, detail=detail)
+        except BaseException as error:
+            # No refusal: the server may have done it, or does it yet. Others get the memory and the IOVA.
+            if isinstance(error, VfioTimeoutError) or not isinstance(error, VfiopyError):
+                with suppress(VfioError):
+                    back = wire.DMA_UNMAP.pack(wire.DMA_UNMAP.size, 0, entry.iova, entry.size)
+                    connection.post(Command.DMA_UNMAP, back)
+            raise
 
     def unmap(self, iova: int, size: int) -> int:
         """Take memory away from the server. A server that is gone has none any more.

@@ -17,6 +17,7 @@ _MAX_JSON: Final = 4096
 _MOST_FDS: Final = 1024
 # QEMU refuses a server that says more; a peer that says more than this gets as much as this.
 _OUR_FDS: Final = 16
+_SMALLEST: Final = 64  # bytes of data; the shortest bitmap, and the head of what carries it, fit
 _LARGEST: Final = 64 << 20
 _OUR_TRANSFER: Final = 1 << 20
 
@@ -119,7 +120,7 @@ def _read(found: Mapping[str, Any]) -> Capabilities:
         raise _bad(f"pgsizes {pgsizes:#x} has pages of less than 4096 bytes")
     return Capabilities(
         max_msg_fds=min(_number(found, "max_msg_fds", usual.max_msg_fds, 0, _MOST_FDS), _OUR_FDS),
-        max_data_xfer_size=_number(found, "max_data_xfer_size", usual.max_data_xfer_size, 1, _LARGEST),
+        max_data_xfer_size=_number(found, "max_data_xfer_size", usual.max_data_xfer_size, _SMALLEST, _LARGEST),
         max_dma_maps=_number(found, "max_dma_maps", usual.max_dma_maps, 1, (1 << 32) - 1),
         pgsizes=pgsizes,
         twin_socket=_read_twin(_object(found.get("twin_socket", {}), "twin_socket")),
