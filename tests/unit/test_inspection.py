@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -104,6 +105,38 @@ def test_a_client_that_goes_away_or_hangs_does_not_matter(device: vfiopy.Device)
     assert ask(os.getpid())["spaces"]
 
 
+def test_an_answer_that_ends_early() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dying:
+        dying.bind(socket_name(os.getpid()))
+        dying.listen()
+
+        def answer() -> None:
+            connection, _ = dying.accept()
+            with connection:
+                connection.sendall(b'{"format": 1, "spa')
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(VfioError, match="in the middle of its answer"):
+            ask(os.getpid())
+        thread.join()
+
+
+def test_it_answers_again_after_all_files_were_open() -> None:
+    allow_inspection()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno(), before[1]))
+        try:
+            client.connect(socket_name(os.getpid()))
+            time.sleep(0.05)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        client.settimeout(10)
+        assert client.recv(10)
+    assert ask(os.getpid())["pid"] == os.getpid()
+
+
 def test_the_book_goes_on_meanwhile(device: vfiopy.Device) -> None:
     allow_inspection()
     stop = threading.Event()
@@ -193,6 +226,16 @@ def test_command_without_a_process() -> None:
     answer = runner.invoke(app, ["iova", "4194305"])
     assert answer.exit_code == 1
     assert runner.invoke(app, ["iova", "me"]).exit_code == 2
+
+
+@pytest.mark.parametrize("user", [0, 4711])
+def test_command_on_a_process_that_allows_nothing(user: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    answer = runner.invoke(app, ["iova", str(os.getpid())])
+    assert answer.exit_code == 1
+    assert "it does not let itself be looked at" in answer.output
+    assert ("it uses no PCI function through VFIO" in answer.output) == (user == 0)
+    assert "vfiopy.allow_inspection()" in answer.output
 
 
 # --- page tables ---

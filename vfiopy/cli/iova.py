@@ -47,10 +47,18 @@ def _look(pid: int, tables: bool, context: typer.Context) -> dict[str, Any]:
         return page_table_snapshot(pid, system_of(context))
     try:
         return ask(pid)
-    except VfioError:
+    except VfioError as refused:
         if os.geteuid():
             raise
-        return page_table_snapshot(pid, system_of(context))
+        try:
+            return page_table_snapshot(pid, system_of(context))
+        except VfioError as error:
+            if error.meaning == refused.meaning:  # there is no such process
+                raise
+            hint = "; ".join(filter(None, (refused.hint, error.hint)))
+            raise VfioError(
+                f"{refused.meaning}, and {error.meaning}", errno=refused.errno, object=refused.object, hint=hint
+            ) from None
 
 
 def _print(screen: Console, answer: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ def ask(pid: int) -> dict[str, Any]:
 
     Raises:
         PermissionDeniedError: it does not answer this user.
-        VfioError: it is not there, or does not let itself be looked at.
+        VfioError: it is not there, does not let itself be looked at, or did not finish.
     """
     where = f"process {pid}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -43,5 +44,8 @@ def ask(pid: int) -> dict[str, Any]:
             raise VfioError("it did not answer", errno=error.errno, object=where) from error
     if not parts:
         raise PermissionDeniedError("it answers only its own user and root", object=where, hint="use sudo")
-    answer: dict[str, Any] = json.loads(b"".join(parts))
+    try:
+        answer: dict[str, Any] = json.loads(b"".join(parts))
+    except ValueError:
+        raise VfioError("it ended in the middle of its answer", errno=errno.ECONNRESET, object=where) from None
     return answer

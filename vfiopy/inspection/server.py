@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import struct
 import threading
+import time
 import warnings
 from contextlib import suppress
 from functools import partial
@@ -19,6 +21,8 @@ __all__ = ["Inspection", "allow_by_environment", "allow_inspection", "peer", "so
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _PATIENCE = 5.0  # seconds for a client to take its answer
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
+_PAUSE = 0.1  # seconds until there may be files again
 
 
 def socket_name(pid: int) -> str:
@@ -69,7 +73,10 @@ class Inspection(Resource):
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
+            except OSError as error:
+                if error.errno in _SHORT:
+                    time.sleep(_PAUSE)  # who asks waits, too
+                    continue
                 return  # closed
             with connection:
                 report_errors(partial(_answer, connection))
