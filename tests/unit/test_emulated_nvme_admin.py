@@ -56,6 +56,9 @@ FEATURE_REFUSALS = [
     (commands.set_features(Feature.TEMPERATURE_THRESHOLD, 2 << 20 | 300), Code.INVALID_FIELD),
     (commands.set_features(Feature.ASYNC_EVENTS, 1 << 30), Code.INVALID_FIELD),
     (commands.set_features(Feature.COMMAND_SET_PROFILE, 1), Code.COMMAND_SET_REJECTED),
+    (commands.set_features(Feature.ARBITRATION, 1, nsid=1), Code.FEATURE_NOT_OF_NAMESPACE),
+    (commands.set_features(Feature.ERROR_RECOVERY, 1), Code.INVALID_NAMESPACE),
+    (commands.get_features(Feature.ERROR_RECOVERY, nsid=ALL), Code.INVALID_NAMESPACE),
 ]
 
 
@@ -63,7 +66,17 @@ FEATURE_REFUSALS = [
 def test_features_that_are_refused(command: nvme.Command, code: int) -> None:
     with driven() as (_, controller):
         assert refused(controller, command) == code
-        assert controller.admin.error_log(1)[0]["parameter_location"] in (40, 44, 46, 0xFFFF)
+        assert controller.admin.error_log(1)[0]["parameter_location"] in (4, 40, 44, 46, 0xFFFF)
+
+
+def test_a_feature_of_each_namespace() -> None:
+    with driven(Nvme([Namespace.memory(4096), Namespace.memory(4096)])) as (_, controller):
+        admin, feature = controller.admin, Feature.ERROR_RECOVERY
+        admin.execute(commands.set_features(feature, 5, nsid=2))
+        assert [admin.execute(commands.get_features(feature, nsid=nsid)) for nsid in (1, 2)] == [0, 5]
+        admin.execute(commands.set_features(feature, 7, nsid=ALL, save=True))
+        controller.reset()
+        assert [admin.execute(commands.get_features(feature, nsid=nsid)) for nsid in (1, 2)] == [7, 7]
 
 
 def test_number_of_queues() -> None:

@@ -90,7 +90,7 @@ class Nvme(PciDevice):
         self.namespaces = numbered(namespaces, chosen)
         self.registers = Properties(chosen)
         self.queues = Queues(chosen.queues, chosen.entries)
-        self.features = Features(chosen, self.queues)
+        self.features = Features(chosen, self.queues, self.namespaces)
         self.logs = Logs(self.features, chosen.firmware, self._all_read_only)
         self.events = Events(chosen.event_requests, self._complete_event)
         self._health = Health(self.logs, self.features, self.events)

@@ -6,6 +6,7 @@ Saved values outlive resets, and end with the device object.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +22,8 @@ TIMESTAMP_SIZE: Final = 8
 WARNING_TEMPERATURE: Final = 343  # kelvin
 CRITICAL_TEMPERATURE: Final = 373
 _CURRENT, _DEFAULT, _SAVED, _CAPABILITIES = range(4)
-_FID, _DATA = 40, 44  # bytes of the entry, for the error log
+_ALL_NAMESPACES: Final = 0xFFFF_FFFF
+_NSID, _FID, _DATA = 4, 40, 44  # bytes of the entry, for the error log
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,13 @@ class Features:
     Args:
         settings: of the controller.
         queues: whether there are any decides what may be set.
+        namespaces: the active ones: some features have a value for each.
     """
 
-    def __init__(self, settings: Settings, queues: Queues) -> None:
+    def __init__(self, settings: Settings, queues: Queues, namespaces: Collection[int]) -> None:
         self._settings = settings
         self._queues = queues
+        self._namespaces = namespaces
         self._saved: dict[tuple[int, int], int] = {}
         self._values: dict[tuple[int, int], int] = {}
         self.vectors = 1
@@ -146,15 +150,19 @@ class Features:
             raise RefusedError(Code.FEATURE_NOT_SAVEABLE, _FID)
         if value & ~kind.mask and feature != Feature.NUMBER_OF_QUEUES:
             raise RefusedError.field(_DATA)
-        sub = self._sub(feature, command)
+        if command.nsid in self._namespaces and not kind.per_namespace:
+            raise RefusedError(Code.FEATURE_NOT_OF_NAMESPACE, _NSID)
+        every = kind.per_namespace and command.nsid == _ALL_NAMESPACES
+        subs = tuple(self._namespaces) if every else (self._sub(feature, command),)
         self._check(feature, value)
         if feature == Feature.NUMBER_OF_QUEUES:
             return self._value(feature)
         if feature == Feature.TEMPERATURE_THRESHOLD:
             value &= 0xFFFF
-        self._values[feature, sub] = value
-        if save:
-            self._saved[feature, sub] = value
+        for sub in subs:
+            self._values[feature, sub] = value
+            if save:
+                self._saved[feature, sub] = value
         return 0
 
     @staticmethod
@@ -171,6 +179,10 @@ class Features:
             if kind > 1 or sensor not in (0, 0xF):  # there are no other sensors than the composite
                 raise RefusedError.field(_DATA + 2)
             return _UNDER if kind else 0
+        if _KINDS[Feature(feature)].per_namespace:
+            if command.nsid not in self._namespaces:
+                raise RefusedError(Code.INVALID_NAMESPACE, _NSID)
+            return command.nsid
         if feature == Feature.INTERRUPT_VECTOR:
             vector = command.cdw11 & 0xFFFF
             if vector >= self.vectors:
