@@ -7,8 +7,12 @@ Sources: NVM Express Base Specification 2.0, 5 (admin commands), 7 (I/O commands
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Final
 
-__all__ = ["AdminOpcode", "Cns", "Feature", "IoOpcode", "LogPage"]
+__all__ = ["ALL_NAMESPACES", "AdminOpcode", "Cns", "Feature", "IoOpcode", "LogPage"]
+
+ALL_NAMESPACES: Final = 0xFFFF_FFFF
+"""The namespace identifier that means every one (Base 2.0, 3.2.1.2)."""
 
 
 class AdminOpcode(IntEnum):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vfiopy.nvme_spec.opcodes import AdminOpcode, IoOpcode
+from vfiopy.nvme_spec.opcodes import ALL_NAMESPACES, AdminOpcode, IoOpcode
 
 __all__ = [
     "ALL_NAMESPACES",
@@ -30,7 +30,6 @@ __all__ = [
     "write_zeroes",
 ]
 
-ALL_NAMESPACES = 0xFFFFFFFF
 _FUA = 1 << 30
 _DEALLOCATE_ATTRIBUTE = 1 << 2
 _DEALLOCATE_ZEROES = 1 << 25

@@ -14,12 +14,12 @@ from vfiopy.emulated.nvme.logs import Logs
 from vfiopy.emulated.nvme.queues import Queues, SubmissionQueue
 from vfiopy.emulated.nvme.shadow import ShadowDoorbells
 from vfiopy.errors import NotMappedError
-from vfiopy.nvme_spec.opcodes import AdminOpcode, Feature, LogPage
+from vfiopy.nvme_spec.opcodes import ALL_NAMESPACES, AdminOpcode, Feature, LogPage
 from vfiopy.nvme_spec.status import Code
 
 __all__ = ["AdminCommands"]
 
-_PAGES_OF_ALL: Final = (0, 0xFFFF_FFFF)
+_PAGES_OF_ALL: Final = (0, ALL_NAMESPACES)
 _NSID, _LID, _OFFSET = 4, 40, 48  # bytes of the entry, for the error log
 _RETAIN: Final = 1 << 15
 _CAPABILITIES: Final = 3

@@ -150,12 +150,9 @@ class Nvme(PciDevice):
         """Power off."""
         super().unplug()
         with self.lock:
-            self._note_power_loss()
-
-    def _note_power_loss(self) -> None:
-        if not self._shut:
-            self.logs.unsafe_shutdowns += 1
-            self._shut = True
+            if not self._shut:
+                self.logs.unsafe_shutdowns += 1
+                self._shut = True
 
     def close(self) -> None:
         """Put everything on the disk and close the images. Idempotent; the controller is of no use afterwards."""

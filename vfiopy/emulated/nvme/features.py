@@ -13,7 +13,7 @@ from typing import Final
 from vfiopy.emulated.nvme.command import Command, RefusedError
 from vfiopy.emulated.nvme.queues import Queues
 from vfiopy.emulated.nvme.settings import Settings
-from vfiopy.nvme_spec.opcodes import Feature
+from vfiopy.nvme_spec.opcodes import ALL_NAMESPACES, Feature
 from vfiopy.nvme_spec.status import Code
 
 __all__ = ["TIMESTAMP_SIZE", "Features"]
@@ -22,7 +22,6 @@ TIMESTAMP_SIZE: Final = 8
 WARNING_TEMPERATURE: Final = 343  # kelvin
 CRITICAL_TEMPERATURE: Final = 373
 _CURRENT, _DEFAULT, _SAVED, _CAPABILITIES = range(4)
-_ALL_NAMESPACES: Final = 0xFFFF_FFFF
 _NSID, _FID, _DATA = 4, 40, 44  # bytes of the entry, for the error log
 
 
@@ -33,14 +32,13 @@ class _Kind:
     Attributes:
         default: its value, dword 11.
         mask: bits that may be set.
-        saveable, changeable: as "supported capabilities" says.
+        saveable: as "supported capabilities" says; all can be changed.
         per_namespace: it has a value for each namespace.
     """
 
     default: int
     mask: int
     saveable: bool = True
-    changeable: bool = True
     per_namespace: bool = False
 
 
@@ -59,6 +57,7 @@ _KINDS: Final = {
     Feature.COMMAND_SET_PROFILE: _Kind(0, 0x1FF, saveable=False),
 }
 _SINGLE_SUB: Final = 0
+_CHANGEABLE: Final = 1 << 2
 _UNDER: Final = 1 << 20  # THSEL: the threshold below which it is too cold
 
 
@@ -134,7 +133,7 @@ class Features:
         if select > _CAPABILITIES:
             raise RefusedError.field(_FID + 1)
         if select == _CAPABILITIES:
-            return kind.saveable | kind.per_namespace << 1 | kind.changeable << 2
+            return kind.saveable | kind.per_namespace << 1 | _CHANGEABLE
         sub = self._sub(feature, command)
         if select == _DEFAULT:
             return self._default(feature, sub)
@@ -152,7 +151,7 @@ class Features:
             raise RefusedError.field(_DATA)
         if command.nsid in self._namespaces and not kind.per_namespace:
             raise RefusedError(Code.FEATURE_NOT_OF_NAMESPACE, _NSID)
-        every = kind.per_namespace and command.nsid == _ALL_NAMESPACES
+        every = kind.per_namespace and command.nsid == ALL_NAMESPACES
         subs = tuple(self._namespaces) if every else (self._sub(feature, command),)
         self._check(feature, value)
         if feature == Feature.NUMBER_OF_QUEUES:

@@ -13,12 +13,11 @@ from vfiopy.emulated.nvme.data import Data
 from vfiopy.emulated.nvme.features import Features
 from vfiopy.emulated.nvme.logs import Logs
 from vfiopy.emulated.nvme.namespace import Namespace
-from vfiopy.nvme_spec.opcodes import IoOpcode
+from vfiopy.nvme_spec.opcodes import ALL_NAMESPACES, IoOpcode
 from vfiopy.nvme_spec.status import Code
 
 __all__ = ["IoCommands"]
 
-ALL_NAMESPACES: Final = 0xFFFF_FFFF
 _FUA: Final = 1 << 30
 _DEALLOCATE: Final = 1 << 25
 _ATTRIBUTE_DEALLOCATE: Final = 1 << 2
