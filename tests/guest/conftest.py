@@ -159,13 +159,6 @@ def _free_hugepages() -> dict[str, int]:
     return {size.name: int((size / "free_hugepages").read_text()) for size in HUGEPAGES.iterdir()}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_collections() -> None:
-    """What is there before the first test stays: under TCG a look through all of it is most of a small test's time."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind(quick_collections: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """The test gives back what it took: descriptors, locked memory, huge pages, driver bindings."""
