@@ -14,6 +14,7 @@ from ways import WAYS, opened, served
 
 import vfiopy
 from vfiopy.cli.app import app
+from vfiopy.device.irqs import _WORDS
 from vfiopy.drivers.edu import EduDriver
 from vfiopy.emulated import Edu, PciDevice
 from vfiopy.errors import VfioError
@@ -321,6 +322,50 @@ def test_what_is_no_trace(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(VfioError, match=words):
         read_trace(path)
     assert runner.invoke(app, ["replay", str(path), "emulated:edu"]).exit_code == 1
+
+
+ACCESS = {"time": 1, "kind": "read", "device": "d", "region": "bar0", "offset": 0, "width": 4, "value": 1}
+INTERRUPT = {"time": 1, "kind": "irq", "device": "d", "interrupt": "msi", "operation": "enable", "count": 1}
+MAP = {"time": 1, "kind": "map", "device": "d", "iova": 0, "size": 4096, "prot": "rw", "memory": "host"}
+
+
+@pytest.mark.parametrize(
+    ("record", "change"),
+    [
+        (ACCESS, {"region": "barn"}),
+        (ACCESS, {"region": None}),
+        (ACCESS, {"region": "irq"}),
+        (ACCESS, {"offset": "0x4"}),
+        (ACCESS, {"offset": -4}),
+        (ACCESS, {"width": 3}),
+        (ACCESS, {"value": 1 << 32}),
+        (ACCESS, {"kind": "write", "value": None}),
+        (INTERRUPT, {"interrupt": "abandon"}),
+        (INTERRUPT, {"operation": "__init__"}),
+        (MAP, {"prot": None}),
+        (MAP, {"iova": "0"}),
+        (MAP, {"kind": "memory", "when": "write"}),
+    ],
+)
+def test_events_that_nobody_recorded(tmp_path: Path, record: dict[str, Any], change: dict[str, Any]) -> None:
+    path = tmp_path / "trace.jsonl"
+
+    def written(event: dict[str, Any]) -> Path:
+        path.write_text('{"kind":"begin","format":1}\n' + json.dumps({**event, "thread": 1, "caller": ""}) + "\n")
+        return path
+
+    assert len(read_trace(written(record)).events) == 1
+    with pytest.raises(VfioError, match="line 2 is no line of a trace"):
+        read_trace(written({**record, **change}))
+
+
+def test_each_kind_of_interrupt_can_be_played(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    events = [{**INTERRUPT, "interrupt": word, "thread": 1, "caller": ""} for word in _WORDS.values()]
+    path.write_text("\n".join(map(json.dumps, [{"kind": "begin", "format": 1}, *events])))
+    assert len(read_trace(path).events) == len(_WORDS)
+    with vfiopy.open("emulated:edu") as device:
+        assert all(hasattr(device.irqs, word) for word in _WORDS.values())
 
 
 def test_no_file(tmp_path: Path) -> None:

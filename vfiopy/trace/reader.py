@@ -10,8 +10,23 @@ from typing import Any
 
 from vfiopy.errors import VfioError
 from vfiopy.trace.event import FORMAT, Event, from_json
+from vfiopy.trace.places import Place
 
 __all__ = ["Recorded", "read_trace"]
+
+
+_NEEDED: dict[str, dict[str, type]] = {
+    "open": {"backend": str, "regions": dict},
+    "poll": {"mask": int},
+    "hold": {"size": int, "label": str},
+    "irq": {"interrupt": str, "operation": str},
+    "map": {"iova": int, "size": int, "prot": str, "memory": str},
+    "unmap": {"iova": int, "bytes": int},
+    "memory": {"iova": int, "data": str, "when": str},
+    "error": {"operation": str, "error": str, "text": str},
+}
+_INTERRUPTS = ("intx", "msi", "msix", "error", "request")
+_OPERATIONS = ("enable", "disable", "mask", "unmask", "replace", "trigger", "taken", "returned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +67,7 @@ def read_trace(path: str | Path) -> Recorded:
                 elif record["kind"] == "end":
                     complete = not record["lost"]
                 else:
-                    events.append(from_json(record))
+                    events.append(_checked(from_json(record)))
     except OSError as error:
         raise VfioError("the trace cannot be read", errno=error.errno, object=str(path), call="open") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -66,6 +81,26 @@ def read_trace(path: str | Path) -> Recorded:
             "there are no events in the trace", object=str(path), hint="did the program open its device through vfiopy?"
         )
     return Recorded(header, events, complete and not any(event.kind == "lost" for event in events))
+
+
+def _checked(event: Event) -> Event:
+    """Return an event that can be shown and played. Raises ``ValueError``, ``KeyError`` or ``TypeError``."""
+    for name, kind in _NEEDED.get(event.kind, {}).items():
+        _must(isinstance(event.facts[name], kind))
+    if event.kind in ("read", "write", "poll"):
+        word, offset, width, value = event.region or "", event.offset, event.width, event.value
+        _must(Place.parse(word) == Place(word.lower()) and word not in ("irq", "dma"))
+        _must(isinstance(offset, int) and offset >= 0)
+        _must(isinstance(width, int) and (width in (1, 2, 4, 8) or word == "config"))
+        _must(isinstance(value, int) and value >= 0 and (event.kind == "poll" or not value >> 8 * (width or 0)))
+    elif event.kind == "irq":
+        _must(event.facts["interrupt"] in _INTERRUPTS and event.facts["operation"] in _OPERATIONS)
+    return event
+
+
+def _must(true: bool) -> None:
+    if not true:
+        raise ValueError
 
 
 def _header(record: dict[str, Any]) -> dict[str, Any]:
