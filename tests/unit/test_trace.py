@@ -379,6 +379,15 @@ def test_the_last_events_only(local: vfiopy.Device) -> None:
     assert sink.lost == 91
 
 
+def test_the_last_events_where_there_is_none() -> None:
+    sink = Collect()
+    recorder = Recorder(sink, keep=10)
+    recorder.missed()  # a KeyboardInterrupt in the first access
+    recorder.close()
+    assert sink.events == []
+    assert sink.lost == 1
+
+
 def test_sync_hands_over_each_event_at_once(local: vfiopy.Device) -> None:
     sink = Collect()
     with tracing(local, sink, sync=True):

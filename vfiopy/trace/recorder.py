@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -124,8 +125,11 @@ class Recorder:
             self._taken += 1
 
     def _drain(self) -> None:
-        events = sorted(self._buffer, key=attrgetter("time"))
-        self._buffer.clear()
+        events: list[Event] = []
+        with suppress(IndexError):  # one by one: what a signal handler or finalizer adds meanwhile comes along
+            while True:
+                events.append(self._buffer.popleft())
+        events.sort(key=attrgetter("time"))
         if not events or self._broken is not None:
             return
         try:
@@ -156,7 +160,7 @@ class Recorder:
             if self._done.is_set():
                 return
             lost_before = self.lost
-            if self._keep is not None and lost_before:
+            if self._keep is not None and lost_before and self._buffer:
                 last = self._buffer[0]
                 text = Event(last.time, "lost", last.device, 0, "", facts={"count": lost_before})
                 self._taken += 1
