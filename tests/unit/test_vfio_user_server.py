@@ -354,6 +354,22 @@ def test_bad_set_irqs(
         assert client.set_irqs(index, flags, start, count, [fd] * fds, data) == "EINVAL"
 
 
+
+def test_a_full_and_blocking_eventfd_does_not_stop_the_server(client: RawClient) -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    client.fds.append(fd)
+    assert client.set_irqs(2, EVENTFD, fds=[fd]) == b""
+    os.eventfd_write(fd, (1 << 64) - 2)
+    os.set_blocking(fd, True)  # its flags are the client's too
+    client.send(Command.SET_IRQS, wire.SET_IRQS.pack(20, NONE | IrqAction.TRIGGER, 2, 0, 1))
+    try:
+        assert not client.receive(3).is_error
+    finally:
+        os.eventfd_read(fd)  # or the server would never end
+    assert client.set_irqs(2, NONE) == b""
+    assert os.eventfd_read(fd) == 1
+
+
 def test_what_is_no_eventfd_is_refused(client: RawClient) -> None:
     fd = memfd(PAGE)
     assert client.set_irqs(2, EVENTFD, fds=[fd]) == "EINVAL"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -314,5 +315,8 @@ class IrqTable:
 
 
 def _notify(fd: int) -> None:
-    with suppress(BlockingIOError):  # its count is at its highest: nobody can miss it
-        os.eventfd_write(fd, 1)
+    room = select.poll()  # whether the fd blocks is also up to who gave it
+    room.register(fd, select.POLLOUT)
+    if room.poll(0):  # else its count is at its highest: nobody can miss it
+        with suppress(BlockingIOError):
+            os.eventfd_write(fd, 1)
