@@ -334,6 +334,15 @@ def test_files_stay_when_the_device_cannot_be_taken(kernel: FakeKernel) -> None:
         assert rule(kernel).exists()
 
 
+def test_the_file_of_a_card_that_is_not_there_any_more(kernel: FakeKernel) -> None:
+    answer(kernel, "bind", NVME, "--persist")
+    kernel.remove(NVME)
+    assert say(kernel, "unbind", NVME).exit_code == 1
+    left = answer(kernel, "unbind", "--persist", NVME)
+    assert (left["functions"], left["removed"]) == ([], [str(rule(kernel))])
+    assert say(kernel, "unbind", "--persist", NVME).exit_code == 1
+
+
 def test_restore_removes_it(kernel: FakeKernel) -> None:
     answer(kernel, "bind", NVME, "--persist")
     answer(kernel, "bind", "--group", NIC, "--persist")

@@ -11,7 +11,7 @@ import typer
 from vfiopy import pci
 from vfiopy.cli.common import print_json, refusals_told, system_of
 from vfiopy.cli.complete import complete_address
-from vfiopy.errors import VfiopyError
+from vfiopy.errors import DeviceNotFoundError, VfiopyError
 from vfiopy.pci import Function, PciAddress, System
 
 __all__ = ["run_bind", "run_restore", "run_unbind"]
@@ -74,7 +74,7 @@ def run_unbind(
     """Take devices off VFIO: back to what they were, or to the driver that the kernel chooses."""
     system = system_of(context)
     with refusals_told():
-        wanted = [pci.function(address, system=system) for address in addresses]
+        wanted, gone = _present(addresses, persist, system)
         named = dict.fromkeys(wanted)
         if group:
             named = dict.fromkeys(other for one in wanted for other in one.group_members())
@@ -83,7 +83,8 @@ def run_unbind(
         done: list[Function] = []
         if not kept or any(one.is_vfio for one in wanted):  # a file alone can be removed, too
             done = pci.unbind(wanted, whole_group=group, force=force, system=system)
-        removed = [str(path) for one in named for path in pci.forget(one.address, system=system)] if persist else []
+        files = [one.address for one in named] + gone if persist else []
+        removed = [str(path) for one in files for path in pci.forget(one, system=system)]
         left = [path for one in done for path in _kept(one, system)]
     report = [_entry(one, was.get(one)) for one in done]
     if as_json:
@@ -115,6 +116,20 @@ def run_restore(
     for one in done:
         typer.echo(f"{one}: {one.driver or 'no driver'}")
     _say_removed(removed)
+
+
+def _present(addresses: list[str], persist: bool, system: System) -> tuple[list[Function], list[PciAddress]]:
+    """The functions, and addresses of which nothing but a file for each boot is left: the card was pulled out."""
+    wanted, gone = [], []
+    for address in addresses:
+        try:
+            wanted.append(pci.function(address, system=system))
+        except DeviceNotFoundError:
+            where = PciAddress.parse(address)
+            if not persist or not any(file.own for file in pci.persisted(where, system=system)):
+                raise
+            gone.append(where)
+    return wanted, gone
 
 
 def _check_names(user: str | None, group_name: str | None) -> None:
