@@ -172,6 +172,22 @@ def test_virtual_functions_that_somebody_uses_are_not_taken_away(kernel: FakeKer
     assert records(kernel) == [str(virtual)]
 
 
+def test_restore_leaves_virtual_functions_that_came_later(kernel: FakeKernel) -> None:
+    kernel.write(kernel.pci_devices / NIC / "driver_override", "igb_uio")
+    pci.clear_override(NIC, system=kernel)  # a record, and igb keeps the device
+    kernel.write(kernel.pci_devices / NIC / "sriov_numvfs", "2")
+    answer(kernel, "bind", "--force", NIC, SECOND)
+    assert Function(NIC, kernel).sriov_numvfs == 0
+    answer(kernel, "restore")
+    nic = Function(NIC, kernel)
+    assert (nic.driver, nic.driver_override, nic.sriov_numvfs) == ("igb", "igb_uio", 2)
+    pci.clear_override(NIC, system=kernel)
+    kernel.write(kernel.pci_devices / NIC / "sriov_numvfs", "0")
+    kernel.write(kernel.pci_devices / NIC / "sriov_numvfs", "1")
+    answer(kernel, "restore")
+    assert (nic.driver_override, nic.sriov_numvfs) == ("igb_uio", 1)
+
+
 def test_one_that_fails_does_not_keep_the_others(kernel: FakeKernel) -> None:
     answer(kernel, "bind", NIC, SECOND, NVME)
     (kernel.proc / "42/fd").mkdir(parents=True)

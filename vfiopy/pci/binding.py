@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -94,6 +95,9 @@ class Binding:
         if own:
             nodes = () if old is None else old.nodes
             self._records.write(Record(function.address, before, self.driver, os.getpid(), nodes))
+        elif old is not None and old.before.numvfs is None and now.numvfs:
+            # Made for an override or nodes, it says nothing about the virtual functions that go now.
+            self._records.write(replace(old, before=replace(old.before, numvfs=now.numvfs, vfs=now.vfs)))
         settle(function, State(self.driver, self.driver, numvfs=0 if now.numvfs else None))
 
     def _roll_back(self, error: BaseException) -> NoReturn:

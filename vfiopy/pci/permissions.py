@@ -123,7 +123,9 @@ def _write_down(function: Function, nodes: list[Path], records: Records) -> None
     """Whose the nodes are, into the function's record; grant() holds the lock."""
     record = records.read(function.address)
     if record is None:
-        record = Record(function.address, State.of(function), function.driver or "", os.getpid())
+        # Its virtual functions are not touched: whoever changes their number later means it.
+        before = replace(State.of(function), numvfs=None, vfs=())
+        record = Record(function.address, before, function.driver or "", os.getpid())
     # A node that several functions share was written down by the first that was granted; that is what it was.
     known = {node.path: node for other in _all(records) for node in other.nodes}
     known |= {node.path: node for node in record.nodes}

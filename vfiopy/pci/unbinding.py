@@ -136,5 +136,7 @@ def clear_override(
         if now.override is None:
             return
         if records.read(function.address) is None:
-            records.write(Record(function.address, now, function.driver or "", os.getpid()))
+            # Virtual functions were not touched: whoever changes their number later means it.
+            kept = replace(now, numvfs=None, vfs=())
+            records.write(Record(function.address, kept, function.driver or "", os.getpid()))
         settle(function, replace(now, override=None, numvfs=None, vfs=()))
