@@ -367,6 +367,11 @@ def test_restore_removes_it(kernel: FakeKernel) -> None:
     assert driver(kernel, NVME) == "nvme"
 
 
+def test_restore_says_where_it_looked(kernel: FakeKernel, tmp_path: Path) -> None:
+    result = say(kernel, "restore")
+    assert (result.exit_code, result.stdout) == (0, f"nothing to undo is written down in {tmp_path / 'state'}\n")
+
+
 def test_the_format_of_driverctl_where_that_is(kernel: FakeKernel) -> None:
     folder = kernel.etc / "driverctl.d"
     folder.mkdir(parents=True)

@@ -13,6 +13,7 @@ from vfiopy.cli.common import print_json, refusals_told, system_of
 from vfiopy.cli.complete import complete_address
 from vfiopy.errors import DeviceNotFoundError, VfiopyError
 from vfiopy.pci import Function, PciAddress, System
+from vfiopy.pci.records import state_folder
 
 __all__ = ["run_bind", "run_restore", "run_unbind"]
 
@@ -116,6 +117,9 @@ def run_restore(
     for one in done:
         typer.echo(f"{one}: {one.driver or 'no driver'}")
     _say_removed(removed)
+    if not done and not removed:
+        # What root bound is written down elsewhere; silence would look like success.
+        typer.echo(f"nothing to undo is written down in {state_folder()}")
 
 
 def _present(addresses: list[str], persist: bool, system: System) -> tuple[list[Function], list[PciAddress]]:
