@@ -165,6 +165,8 @@ def test_masked_interrupts(messages: str | None) -> None:
             vector.wait(timeout=0.05)
         registers.write32(reg.INTMC, 0xFFFF_FFFF)
         vector.wait(timeout=5.0)
+        if messages is None:  # INTx is masked once it is signalled; the driver's own wait would undo that
+            controller.device.irqs.intx.unmask()
         request.wait()
         assert queue.missed_interrupts == 0
         controller.namespace(1).flush()
