@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def save_snapshot(path: Path, facts: dict[str, Any]) -> None:
         new.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         new.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         typer.echo(f"vfiopy: {path}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
 

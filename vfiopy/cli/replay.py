@@ -33,7 +33,9 @@ def run_replay(
         typer.Option(help="Registers that may differ: bar0:0x20, bar0:0x20-0x3f, bits: bar0:0x24&0xff. Repeatable."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Which device of the trace, where it has several.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an interrupt, or for a polled register.")] = 1.0,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for an interrupt, or for a polled register.")
+    ] = 1.0,
     pace: Annotated[bool, typer.Option("--pace", help="Leave the time between events that was recorded.")] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="As many reads as were recorded, also in what looks like a polling loop.")

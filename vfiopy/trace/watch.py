@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -193,15 +193,24 @@ class DeviceWatch:
         space = self._space()
         if self._contents is None or space is None:
             return
-        for found in space.book.mappings():
-            if found.kind not in (MemoryKind.HOST, MemoryKind.FILE) or not found.address or found.state != STATE_LIVE:
-                continue
-            data = ctypes.string_at(found.address, found.size)
-            for at in range(0, found.size, _PAGE):
-                page, before = data[at : at + _PAGE], self._contents.get(found.iova + at)
-                if page != (bytes(len(page)) if before is None else before):
-                    self._contents[found.iova + at] = page
-                    self._add("memory", facts={"iova": found.iova + at, "when": when, "data": page.hex()})
+        # Not by address: another thread may unmap and free the memory meanwhile.
+        memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for found in space.book.mappings():
+                if found.kind in (MemoryKind.HOST, MemoryKind.FILE) and found.address and found.state == STATE_LIVE:
+                    with suppress(OSError):
+                        self._save_changed(found.iova, os.pread(memory, found.size, found.address), when)
+        finally:
+            os.close(memory)
+
+    def _save_changed(self, iova: int, data: bytes, when: str) -> None:
+        if self._contents is None:
+            return
+        for at in range(0, len(data), _PAGE):
+            page, before = data[at : at + _PAGE], self._contents.get(iova + at)
+            if page != (bytes(len(page)) if before is None else before):
+                self._contents[iova + at] = page
+                self._add("memory", facts={"iova": iova + at, "when": when, "data": page.hex()})
 
 
 class RegionReport:
