@@ -84,7 +84,7 @@ def test_without_typer_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "vfiopy.cli.app")
+    monkeypatch.delitem(sys.modules, "vfiopy.cli.commands")
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
