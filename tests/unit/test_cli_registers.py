@@ -21,6 +21,7 @@ from vfiopy.emulated import Bar, Identity, PciDevice, PowerManagement
 from vfiopy.errors import DeviceGoneError
 from vfiopy.registers import config_registers
 
+pytest.importorskip("systemrdl", reason="maps are read by systemrdl-compiler (extra 'rdl')")
 runner = CliRunner()
 EDU = "emulated:edu"
 TREE = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ import vfiopy
 from vfiopy import AccessError, AddressRangeError, RegisterMapError, RegisterNameError, registers
 from vfiopy.registers import FieldSpec, GroupSpec, RegisterMap, Registers, RegisterSpec
 
+pytest.importorskip("systemrdl", reason="maps are read by systemrdl-compiler (extra 'rdl')")
 RDL = """
 enum speed { slow = 0 { desc = "10 Mb/s"; }; fast = 1; };
 addrmap board {

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peakrdl_python import PythonExporter
 from register_support import recorded
-from systemrdl import RDLCompiler
 
 from vfiopy import AccessError, registers
+
+PythonExporter = pytest.importorskip("peakrdl_python", reason="a peer of ours (extra 'dev')").PythonExporter
+RDLCompiler = pytest.importorskip("systemrdl").RDLCompiler
 
 TREE = Path(__file__).parents[2]
 RDL = """

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
             help="give this function to vfio-pci first",
         )
         if name != "shell":
-            command.add_argument("--time-limit", type=float, default=1500.0, metavar="S", help="for the command")
+            command.add_argument("--time-limit", type=float, default=3000.0, metavar="S", help="for the command")
             command.add_argument("--silence-limit", type=float, default=300.0, metavar="S", help="for no output")
             command.add_argument(
                 "--out", type=Path, metavar="DIR", help="receives what the job leaves in $VFIOPY_LAB_OUT"

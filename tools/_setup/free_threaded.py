@@ -44,7 +44,7 @@ def ensure_free_threaded(interpreter: str) -> Path:
     if not python.exists():
         say(f"making {VENV.relative_to(TREE)} with {interpreter}")
         run([interpreter, "-m", "venv", "--clear", "--system-site-packages", VENV], "python -m venv")
-    wanted = [*requirements(), "hypothesis", "pytest", "pytest-timeout", "rich", "sortedcontainers"]
+    wanted = [*requirements("test"), "sortedcontainers"]
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--prefer-binary"]
     run([*pip, *wanted], "pip install")
     output = run([python, "setup.py", "build_ext", "--inplace", "--force"], "building the extensions")
