@@ -4,6 +4,7 @@ import grp
 import os
 import pwd
 import resource
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pci_tree import FakeKernel
 
 from vfiopy.errors import NotBoundError, NotSupportedError, PermissionDeniedError
 from vfiopy.pci import grant, memlock_limit, monitor, udev_rule
+from vfiopy.pci.events import _udev_runs
 
 EDU = "0000:00:06.0"
 
@@ -161,6 +163,18 @@ def test_monitor_lives_and_ends() -> None:
     assert not watch
     with pytest.raises(ValueError, match="is closed"):
         watch.wait(0)
+
+
+def test_a_udev_that_has_ended_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = tmp_path / "control"
+    monkeypatch.setattr("vfiopy.pci.events._CONTROL", str(control))
+    assert not _udev_runs()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as udevd:
+        udevd.bind(str(control))
+        udevd.listen()
+        assert _udev_runs()
+    assert control.exists()
+    assert not _udev_runs()
 
 
 def test_monitor_of_udev_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vfiopy.errors import NotSupportedError, PciAddressError
@@ -89,7 +89,7 @@ def monitor(*, udev: bool | None = None, nodes: bool = False) -> Monitor:
         NotSupportedError: udev was asked for and is not there.
     """
     if udev is None:
-        udev = os.path.exists("/run/udev/control") and _pyudev() is not None  # noqa: PTH110
+        udev = _udev_runs() and _pyudev() is not None
     if not udev:
         return Monitor(_Kernel(nodes), "monitor of the kernel's PCI events")
     pyudev = _pyudev()
@@ -100,6 +100,17 @@ def monitor(*, udev: bool | None = None, nodes: bool = False) -> Monitor:
             hint="install them, or take the kernel's events: monitor(udev=False)",
         )
     return Monitor(_Udev(pyudev, nodes), "monitor of udev's PCI events")
+
+
+_CONTROL = "/run/udev/control"
+
+
+def _udev_runs(sockets: Path = Path("/proc/net/unix")) -> bool:
+    """Whether udevd listens: its socket's path stays behind when it ends, and nobody sends its events then."""
+    try:
+        return any(line.split()[-1] == _CONTROL for line in sockets.read_text(errors="replace").splitlines() if line)
+    except OSError:
+        return False
 
 
 def _pyudev() -> Any:
