@@ -19,7 +19,7 @@ from tools._lab.process import signals_unwind
 from .beside import Beside
 from .docs import build_command
 from .environment import PYTHON, ensure_build, ensure_environment
-from .free_threaded import VARIABLE, ensure_free_threaded, find_free_threaded
+from .free_threaded import VARIABLE, ensure_free_threaded, find_free_threaded, unit_tests_left_out
 from .packages import BUILD, CROSS, GUEST, KERNEL, NATIVE, ensure_packages
 from .report import TREE, SetupError, say, step
 from .results import Results
@@ -188,8 +188,7 @@ class Run:
             say(f"free-threaded tests: left out, no python3.14t here ({VARIABLE} can name such an interpreter)")
             return
         python = ensure_free_threaded(interpreter)
-        # test_cli needs an extra whose own dependencies are seldom ready for such an interpreter
-        what = ("tests/free_threaded", "tests/unit", "--ignore", "tests/unit/test_cli.py")
+        what = ("tests/free_threaded", "tests/unit", *(f"--ignore={path}" for path in unit_tests_left_out()))
         self._pytest("free-threaded", python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *what)
 
     def uapi(self) -> None:
