@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from emulated_support import wait_for
@@ -79,6 +81,24 @@ def test_a_second_sigterm_does_not_end_what_the_first_began(tmp_path: Path, monk
     other.join()
     assert answer.exit_code == 0, answer.output
     assert synced == [os.fspath(image) for image in images]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_sigterm_while_it_is_made_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, image, made = tmp_path / "nvme.sock", tmp_path / "disk.img", Namespace.image
+
+    def asked(*words: Any, **options: Any) -> Namespace:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made(*words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Namespace, "image", asked)
+        words = ["serve", "nvme", "--socket", str(path), "--size", "1M", "--image", str(image)]
+        answer = runner.invoke(app, words)
+    assert (answer.exit_code, answer.output) == (0, "")
+    assert not path.exists()
+    Namespace.image(image).close()  # its lock is free
+    gc.collect()  # what was never closed says so now
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

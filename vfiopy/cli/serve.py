@@ -68,14 +68,15 @@ def run_serve(
         raise typer.BadParameter(f"a controller has at most {_MOST_IMAGES} namespaces, not {len(image or [])}")
     if block_size not in (512, 4096):
         raise typer.BadParameter(f"a logical block has 512 or 4096 bytes, not {block_size}")
-    # What was written goes to the disk first, and a second SIGTERM does not end that.
-    before = signal.signal(signal.SIGTERM, _leave)
+    leaving = _Leaving()
+    before = signal.signal(signal.SIGTERM, leaving)
     try:
         with (
             refusals_told(),
             _device(name, image or [], size, block_size, read_only) as device,
             vfiopy.serve(device, socket, limits=vfio_user.Limits(trust_files=trust_files), guarded=True) as server,
         ):
+            leaving.now_or_later()
             _tell(name, socket, server.qemu_option, as_json)
             with suppress(KeyboardInterrupt):
                 server.run()
@@ -83,9 +84,26 @@ def run_serve(
         signal.signal(signal.SIGTERM, before)
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)
-    sys.exit(0)
+class _Leaving:
+    """What SIGTERM does: end the program once everything is made, so that all of it is closed.
+
+    What was written goes to the disk first, and a second SIGTERM does not end that.
+    """
+
+    def __init__(self) -> None:
+        self._made = self._asked = False
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        self._asked = True
+        if self._made:
+            sys.exit(0)
+
+    def now_or_later(self) -> None:
+        """Everything is made: leave at once from here on, and now where that was asked for already."""
+        self._made = True
+        if self._asked:
+            sys.exit(0)
 
 
 def _tell(name: str, socket: Path, qemu_option: str, as_json: bool) -> None:
