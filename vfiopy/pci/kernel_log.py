@@ -187,7 +187,6 @@ class LogReader(Resource):
             super().__init__(f"reader of {path}")
             self._decoder = _Decoder()
             self._next: int | None = None
-            self._is_log = True
             if not from_start:
                 self._skip()
         except BaseException:
