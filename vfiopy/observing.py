@@ -8,7 +8,7 @@ observes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from vfiopy.mmio import Region
@@ -35,14 +35,19 @@ class Observer(Protocol):
         """Return what a vector's ``_set_observer`` takes: a callable(count), or None."""
 
 
+def told(observer: Observer | None, kind: str, **facts: object) -> AbstractContextManager[dict[str, object]]:
+    """Tell the observer, if there is one, how the block ended; the block may add to the facts that it is given.
+
+    Where nobody observes nothing is run around the block: an interrupt's unmask comes through here.
+    """
+    return nullcontext(facts) if observer is None else _telling(observer, kind, facts)
+
+
 @contextmanager
-def told(observer: Observer | None, kind: str, **facts: object) -> Iterator[None]:
-    """Tell the observer, if there is one, how the block ended."""
+def _telling(observer: Observer, kind: str, facts: dict[str, object]) -> Iterator[dict[str, object]]:
     try:
-        yield
+        yield facts
     except BaseException as error:
-        if observer is not None:
-            observer.tell(kind, facts, error)
+        observer.tell(kind, facts, error)
         raise
-    if observer is not None:
-        observer.tell(kind, facts)
+    observer.tell(kind, facts)

@@ -44,28 +44,21 @@ class ConfigSpace:
     def read(self, offset: int, size: int) -> bytes:
         """Read ``size`` bytes."""
         self._check(offset, size)
-        if self.observer is not None:
-            return self._observed_read(self.observer, offset, size)
-        return self._io.read(RegionIndex.CONFIG, offset, size)
-
-    def _observed_read(self, observer: Observer, offset: int, size: int) -> bytes:
-        facts = {"operation": "read", "offset": offset, "size": size}
-        try:
+        if self.observer is None:
+            return self._io.read(RegionIndex.CONFIG, offset, size)
+        with told(self.observer, "config", operation="read", offset=offset, size=size) as facts:
             data = self._io.read(RegionIndex.CONFIG, offset, size)
-        except BaseException as error:
-            observer.tell("config", facts, error)
-            raise
-        observer.tell("config", {**facts, "data": data})
+            facts["data"] = data
         return data
 
     def write(self, offset: int, data: bytes) -> None:
         """Write bytes."""
         self._check(offset, len(data))
-        if self.observer is not None:
-            with told(self.observer, "config", operation="write", offset=offset, size=len(data), data=data):
-                self._io.write(RegionIndex.CONFIG, offset, data)
+        if self.observer is None:
+            self._io.write(RegionIndex.CONFIG, offset, data)
             return
-        self._io.write(RegionIndex.CONFIG, offset, data)
+        with told(self.observer, "config", operation="write", offset=offset, size=len(data), data=data):
+            self._io.write(RegionIndex.CONFIG, offset, data)
 
     def _check(self, offset: int, size: int) -> None:
         if offset < 0 or size < 1 or offset + size > self.size:

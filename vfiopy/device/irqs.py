@@ -102,7 +102,7 @@ class Interrupt:
             raise
         return tuple(vectors)
 
-    def _told(self, operation: str, **facts: object) -> AbstractContextManager[None]:
+    def _told(self, operation: str, **facts: object) -> AbstractContextManager[object]:
         return told(self._siblings.observer, "irq", operation=operation, interrupt=_WORDS[self.index], **facts)
 
     def _watch(self, vectors: Iterable[Vector]) -> None:
