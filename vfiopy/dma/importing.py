@@ -8,28 +8,15 @@ from typing import TYPE_CHECKING, Any
 from vfiopy.backend import Area, DeviceWindow, Prot
 from vfiopy.dma.imported import ImportedMemory
 from vfiopy.dma.imports import DmaBufMapping, ImportingSpace, let_go, listen, still_away
-from vfiopy.dma.memory import PAGE_SIZE, OwnedFd
+from vfiopy.dma.memory import OwnedFd, page_range
 from vfiopy.dmabuf import DmaBuf
 from vfiopy.dmabuf.origin import BarOrigin, Origin
-from vfiopy.errors import AddressRangeError, AlignmentError, MemoryKindError, NotSupportedError, RevokedError
+from vfiopy.errors import MemoryKindError, NotSupportedError, RevokedError
 
 if TYPE_CHECKING:
     from vfiopy.pci.p2p import PeerPath
 
 __all__ = ["import_dmabuf"]
-
-
-def _part(buffer: DmaBuf, offset: int, size: int | None) -> Area:
-    length = buffer.size - offset if size is None else size
-    if offset % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
-        raise AlignmentError(
-            f"{length:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE:#x} bytes", object=buffer.label
-        )
-    if offset < 0 or offset + length > buffer.size:
-        raise AddressRangeError(
-            f"{length:#x} bytes at offset {offset:#x} reach beyond its {buffer.size:#x} bytes", object=buffer.label
-        )
-    return Area(offset, length)
 
 
 def import_dmabuf(
@@ -51,7 +38,7 @@ def import_dmabuf(
         find_paths: see :attr:`DmaBufMapping.paths`.
     """
     buffer.check_open()
-    area = _part(buffer, *part)
+    area = page_range(buffer.label, buffer.size, *part)
     origin = buffer.origin
     if origin.way:
         raise NotSupportedError(

@@ -14,16 +14,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vfiopy.backend import DeviceWindow, FileMemory, HostMemory, Memory, Prot, RemoteMemory
-from vfiopy.errors import AlignmentError, MemoryKindError
+from vfiopy.backend import Area, DeviceWindow, FileMemory, HostMemory, Memory, Prot, RemoteMemory
+from vfiopy.errors import AddressRangeError, AlignmentError, MemoryKindError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PAGE_SIZE", "OwnedFd", "file_memory", "let_go", "memory_of", "round_to_pages"]
+__all__ = ["PAGE_SIZE", "OwnedFd", "file_memory", "let_go", "memory_of", "page_range", "round_to_pages"]
 
 PAGE_SIZE = mmap.PAGESIZE
 _READY = (HostMemory, FileMemory, DeviceWindow, RemoteMemory)
+
+
+def page_range(name: str, whole: int, offset: int, size: int | None) -> Area:
+    """Return the part of something of ``whole`` bytes that is meant; ``size`` None is the rest.
+
+    Raises:
+        AlignmentError: it is not whole pages.
+        AddressRangeError: it is not inside.
+    """
+    length = whole - offset if size is None else size
+    if offset % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
+        raise AlignmentError(
+            f"{length:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE:#x} bytes", object=name
+        )
+    if offset < 0 or offset + length > whole:
+        raise AddressRangeError(
+            f"{length:#x} bytes at offset {offset:#x} reach beyond its {whole:#x} bytes", object=name
+        )
+    return Area(offset, length)
 
 
 def round_to_pages(size: int, page: int = PAGE_SIZE) -> int:

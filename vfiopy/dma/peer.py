@@ -11,12 +11,10 @@ from vfiopy.backend import Area, BarPort, BookReader, DeviceWindow, Prot, Region
 from vfiopy.dma.imported import ImportedMemory, check_there
 from vfiopy.dma.importing import import_dmabuf
 from vfiopy.dma.imports import DmaBufMapping, ImportingSpace
-from vfiopy.dma.memory import PAGE_SIZE
+from vfiopy.dma.memory import PAGE_SIZE, page_range
 from vfiopy.dmabuf import DmaBuf
 from vfiopy.dmabuf.origin import BarOrigin
 from vfiopy.errors import (
-    AddressRangeError,
-    AlignmentError,
     MemoryKindError,
     NotSupportedError,
     PciAddressError,
@@ -85,22 +83,13 @@ def peer(
 
 
 def _part(region: Region, offset: int, size: int | None) -> Area:
-    length = region.size - offset if size is None else size
     if region.size < PAGE_SIZE:
         raise NotSupportedError(
             f"a BAR of {region.size} bytes, less than a page of {PAGE_SIZE}, cannot be mapped for DMA",
             object=region.name,
             hint="the rest of its page may belong to another device",
         )
-    if offset % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
-        raise AlignmentError(
-            f"{length:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE:#x} bytes", object=region.name
-        )
-    if offset < 0 or offset + length > region.size:
-        raise AddressRangeError(
-            f"{length:#x} bytes at offset {offset:#x} reach beyond its {region.size:#x} bytes", object=region.name
-        )
-    return Area(offset, length)
+    return page_range(region.name, region.size, offset, size)
 
 
 def _by_address(
