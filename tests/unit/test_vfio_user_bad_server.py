@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import gc
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from types import FrameType
 
 import pytest
 from emulated_support import Everything, wait_for
-from vfio_user_support import PAGE, FakeServer, open_fds, plain, reply, serving
+from vfio_user_support import PAGE, FakeServer, nothing_left, open_fds, plain, reply, serving
 
 import vfiopy
 from vfiopy import vfio_user
@@ -29,12 +27,8 @@ from vfiopy.vfio_user.wire import Command, Flag
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    gc.collect()
-    fds, threads = open_fds(), threading.active_count()
-    yield
-    gc.collect()
-    wait_for(lambda: threading.active_count() == threads)
-    assert open_fds() == fds
+    with nothing_left(wait_for):
+        yield
 
 
 def test_fds_of_an_answer_with_nonsense_behind_it_are_closed() -> None:

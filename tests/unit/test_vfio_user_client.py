@@ -24,7 +24,7 @@ import pytest
 from emulated_support import BUS_MASTER, MEMORY, Everything, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vfio_user_support import PAGE, FakeServer, Script, greet, open_fds, plain, reply, serving
+from vfio_user_support import PAGE, FakeServer, Script, greet, nothing_left, open_fds, plain, reply, serving
 
 import vfiopy
 from vfiopy import emulated, vfio_user
@@ -47,12 +47,8 @@ def device() -> Everything:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(device: Everything) -> Iterator[None]:
-    gc.collect()
-    fds, threads = open_fds(), threading.active_count()
-    yield
-    gc.collect()
-    wait_for(lambda: threading.active_count() == threads)
-    assert open_fds() == fds
+    with nothing_left(wait_for):
+        yield
 
 
 @pytest.fixture
@@ -607,6 +603,7 @@ def test_asyncio_server_and_driver_threads(path: Path) -> None:
 
 
 # --- servers that are none -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(
     ("answer", "error"),

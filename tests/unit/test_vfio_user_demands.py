@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import mmap
 import os
 import socket
@@ -15,7 +14,18 @@ from pathlib import Path
 
 import pytest
 from emulated_support import BUS_MASTER, MEMORY, Everything, eventfd, wait_for
-from vfio_user_support import EVENTFD, NONE, PAGE, QEMU_VERSION, memfd, open_fds, raw_client, serving
+from vfio_user_support import (
+    EVENTFD,
+    NONE,
+    PAGE,
+    QEMU_VERSION,
+    at_once,
+    memfd,
+    nothing_left,
+    open_fds,
+    raw_client,
+    serving,
+)
 
 from vfiopy import emulated
 from vfiopy.backend import IrqAction, IrqIndex
@@ -42,12 +52,8 @@ def device() -> Everything:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(device: Everything) -> Iterator[None]:
-    gc.collect()
-    fds, threads = open_fds(), threading.active_count()
-    yield
-    gc.collect()
-    assert open_fds() == fds
-    assert threading.active_count() == threads
+    with nothing_left(at_once):
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import struct
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from emulated_support import BUS_MASTER, MEMORY, Everything
-from vfio_user_support import PAGE, RawClient, memfd, open_fds, raw_client, serving
+from vfio_user_support import PAGE, RawClient, memfd, nothing_left, raw_client, serving
 
 import vfiopy
 from vfiopy import uapi, vfio_user
@@ -38,11 +37,8 @@ def device() -> Everything:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(device: Everything) -> Iterator[None]:
-    gc.collect()
-    fds = open_fds()
-    yield
-    gc.collect()
-    assert open_fds() == fds
+    with nothing_left():
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import socket
 import struct
@@ -22,7 +21,9 @@ from vfio_user_support import (
     PAGE,
     QEMU_VERSION,
     RawClient,
+    at_once,
     memfd,
+    nothing_left,
     open_fds,
     raw_client,
     serving,
@@ -47,12 +48,8 @@ def device() -> Everything:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(device: Everything) -> Iterator[None]:
-    gc.collect()
-    fds, threads = open_fds(), threading.active_count()
-    yield
-    gc.collect()  # a device and its memory are a circle
-    assert open_fds() == fds
-    assert threading.active_count() == threads
+    with nothing_left(at_once):
+        yield
 
 
 @pytest.fixture
@@ -354,7 +351,6 @@ def test_bad_set_irqs(
         assert client.set_irqs(index, flags, start, count, [fd] * fds, data) == "EINVAL"
 
 
-
 def test_a_full_and_blocking_eventfd_does_not_stop_the_server(client: RawClient) -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     client.fds.append(fd)
@@ -528,6 +524,7 @@ def test_a_mapper_that_can_do_nothing_is_refused() -> None:
     mapper = Nobody("nobody")
     del Nobody.attach_book
     with io:
+
         class Plain:
             name, kernel_target = "plain", None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from emulated_support import BUS_MASTER, MEMORY, Everything, wait_for
-from vfio_user_support import PAGE, RawClient, memfd, open_fds, raw_client, serving
+from vfio_user_support import PAGE, RawClient, memfd, nothing_left, open_fds, raw_client, serving
 
 from vfiopy.backend import Prot
 from vfiopy.errors import DeviceGoneError, NotMappedError, StateError
@@ -35,11 +35,8 @@ def device() -> Everything:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(device: Everything) -> Iterator[None]:
-    gc.collect()
-    fds = open_fds()
-    yield
-    gc.collect()
-    assert open_fds() == fds
+    with nothing_left():
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import select
 import socket
@@ -47,6 +48,27 @@ def open_fds() -> set[str]:
         except OSError:
             continue
     return {item for item in found if Path("/proc/self/fd", item.split()[0]).exists()}
+
+
+@contextmanager
+def nothing_left(threads: Callable[[Callable[[], bool]], object] | None = None) -> Iterator[None]:
+    """What is open afterwards was open before.
+
+    Args:
+        threads: what to do with the question whether there are as many threads as before; None does not ask.
+    """
+    gc.collect()
+    fds, count = open_fds(), threading.active_count()
+    yield
+    gc.collect()  # a device and its memory are a circle
+    if threads is not None:
+        threads(lambda: threading.active_count() == count)
+    assert open_fds() == fds
+
+
+def at_once(condition: Callable[[], bool]) -> None:
+    """For :func:`nothing_left`: there is nothing to wait for."""
+    assert condition()
 
 
 class RawClient:
